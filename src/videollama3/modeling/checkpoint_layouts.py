@@ -1,0 +1,183 @@
+"""The three checkpoint layouts: configuration dictionaries and parameter names of each, as tables.
+
+A configuration dictionary of any layout enters, one of this package's layout leaves; parameter names are
+given as ordered regular expressions. Reading and writing files is left to transformers and to `conversion/`.
+
+Layouts:
+    plugin: this package, `model_type: videollama3`.
+    official: the authors' checkpoints, `model_type: videollama3_qwen2` (flat Qwen2 fields plus a
+        `vision_encoder_config`), and `videollama3_vision_encoder` for the encoder alone.
+    native: the class inside transformers, `model_type: video_llama_3`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from transformers.utils import cached_file
+
+PLUGIN_MODEL_TYPE = "videollama3"
+PLUGIN_VISION_MODEL_TYPE = "videollama3_vision"
+OFFICIAL_MODEL_TYPE = "videollama3_qwen2"
+OFFICIAL_VISION_MODEL_TYPE = "videollama3_vision_encoder"
+NATIVE_MODEL_TYPE = "video_llama_3"
+NATIVE_VISION_MODEL_TYPE = "video_llama_3_vision"
+
+IMAGE_PLACEHOLDER = "<|image_pad|>"
+VIDEO_PLACEHOLDER = "<|video_pad|>"
+# Their ids in every Qwen2.5 vocabulary.
+QWEN_IMAGE_TOKEN_ID = 151655
+QWEN_VIDEO_TOKEN_ID = 151656
+
+# Official parameter names -> ours (which are the native ones), applied in this order. The authors' training
+# code saves the encoder one level deeper.
+OFFICIAL_KEY_MAPPING: dict[str, str] = {
+    r"^model\.vision_encoder\.vision_encoder\.": "model.vision_model.",
+    r"^model\.vision_encoder\.": "model.vision_model.",
+    r"^model\.mm_projector\.": "model.projector.",
+    r"^model\.embed_tokens\.": "model.language_model.embed_tokens.",
+    r"^model\.layers\.": "model.language_model.layers.",
+    r"^model\.norm\.": "model.language_model.norm.",
+}
+
+# Fields of an official config.json that say nothing about the language model.
+_OFFICIAL_NON_TEXT_FIELDS = frozenset(
+    {
+        "architectures",
+        "auto_map",
+        "model_type",
+        "image_token_id",
+        "image_token_index",
+        "mm_attn_implementation",
+        "mm_hidden_size",
+        "mm_projector_type",
+        "mm_vision_encoder",
+        "transformers_version",
+        "tokenizer_model_max_length",
+        "tokenizer_padding_side",
+        "use_mm_proj",
+        "use_token_compression",
+        "video_token_id",
+        "vision_encoder",
+        "vision_encoder_config",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "dtype",
+    }
+)
+_NATIVE_VISION_FIELDS_TO_DROP = frozenset({"rope_parameters", "model_type"})
+
+
+def to_plugin_config(config: dict[str, Any], *, name_or_path: str | None = None) -> dict[str, Any]:
+    """Translates a whole model's configuration dictionary into this package's layout.
+
+    Args:
+        config: the content of a `config.json` of any of the three layouts.
+        name_or_path: folder or Hub id that the configuration came from; the official layout does not record
+            the ids of `<|image_pad|>` and `<|video_pad|>`, they are looked up in its tokenizer files.
+
+    Returns:
+        A new dictionary; one that already has this package's layout comes back unchanged.
+
+    Raises:
+        ValueError: for an official configuration with a projector other than `mlp2x_gelu`.
+    """
+    model_type = config.get("model_type")
+    if model_type == OFFICIAL_MODEL_TYPE:
+        return _plugin_from_official(config, name_or_path)
+    if model_type == NATIVE_MODEL_TYPE:
+        return _plugin_from_native(config)
+    return config
+
+
+def to_plugin_vision_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Translates a vision encoder's configuration dictionary, of any of the three layouts, into ours."""
+    vision = {key: value for key, value in config.items() if key not in _NATIVE_VISION_FIELDS_TO_DROP}
+    vision.pop("auto_map", None)
+    vision["model_type"] = PLUGIN_VISION_MODEL_TYPE
+    rope_parameters = config.get("rope_parameters") or {}
+    if "rope_theta" in rope_parameters:
+        vision["rope_theta"] = rope_parameters["rope_theta"]
+    return vision
+
+
+def _plugin_from_official(config: dict[str, Any], name_or_path: str | None) -> dict[str, Any]:
+    projector_type = config.get("mm_projector_type") or "mlp2x_gelu"
+    if projector_type != "mlp2x_gelu":
+        raise ValueError(
+            f"Expected an official checkpoint with mm_projector_type 'mlp2x_gelu' (two linear layers), "
+            f"got {projector_type!r}{_where(name_or_path)}: no VideoLLaMA3 release uses another projector."
+        )
+    if not config.get("vision_encoder_config"):
+        raise ValueError(
+            f"Expected `vision_encoder_config` in an official VideoLLaMA3 configuration{_where(name_or_path)}, "
+            "got none: a checkpoint whose encoder is stored elsewhere must be completed first."
+        )
+    text = {key: value for key, value in config.items() if key not in _OFFICIAL_NON_TEXT_FIELDS}
+    text["model_type"] = "qwen2"
+    plugin = {
+        "model_type": PLUGIN_MODEL_TYPE,
+        "architectures": ["VideoLlama3ForCausalLM"],
+        "text_config": text,
+        "vision_config": to_plugin_vision_config(config["vision_encoder_config"]),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        **_placeholder_ids(config, name_or_path),
+    }
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    if dtype is not None:
+        plugin["dtype"] = dtype
+    return plugin
+
+
+def _plugin_from_native(config: dict[str, Any]) -> dict[str, Any]:
+    plugin = dict(config)
+    plugin["model_type"] = PLUGIN_MODEL_TYPE
+    plugin["architectures"] = ["VideoLlama3ForCausalLM"]
+    plugin["vision_config"] = to_plugin_vision_config(config.get("vision_config") or {})
+    # transformers' class also ties when only its text configuration says so.
+    text = config.get("text_config") or {}
+    plugin["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    return plugin
+
+
+def _placeholder_ids(config: dict[str, Any], name_or_path: str | None) -> dict[str, int]:
+    added = _added_tokens(name_or_path) if name_or_path else {}
+    return {
+        "image_token_id": config.get("image_token_id", added.get(IMAGE_PLACEHOLDER, QWEN_IMAGE_TOKEN_ID)),
+        "video_token_id": config.get("video_token_id", added.get(VIDEO_PLACEHOLDER, QWEN_VIDEO_TOKEN_ID)),
+    }
+
+
+def _added_tokens(name_or_path: str) -> dict[str, int]:
+    """The added tokens of a checkpoint's tokenizer, text to id; empty where it has no tokenizer files."""
+    tokenizer_config = _read_json(name_or_path, "tokenizer_config.json") or {}
+    decoder = tokenizer_config.get("added_tokens_decoder")
+    if decoder:
+        return {token["content"]: int(token_id) for token_id, token in decoder.items()}
+    tokenizer = _read_json(name_or_path, "tokenizer.json") or {}
+    if tokenizer.get("added_tokens"):
+        return {token["content"]: int(token["id"]) for token in tokenizer["added_tokens"]}
+    return _read_json(name_or_path, "added_tokens.json") or {}
+
+
+def _read_json(name_or_path: str, filename: str) -> dict[str, Any] | None:
+    if os.path.isfile(name_or_path):
+        name_or_path = os.path.dirname(name_or_path)
+    path = cached_file(
+        name_or_path,
+        filename,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        content: dict[str, Any] = json.load(file)
+    return content
+
+
+def _where(name_or_path: str | None) -> str:
+    return f" ({name_or_path})" if name_or_path else ""

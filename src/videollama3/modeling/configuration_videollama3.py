@@ -1,0 +1,175 @@
+"""Configurations of the vision encoder and of the whole model.
+
+Values from Python or from a `config.json` of any of the three layouts enter, checked configuration objects
+leave; what the three layouts look like is left to `checkpoint_layouts.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Qwen2Config
+from transformers.configuration_utils import PreTrainedConfig
+
+from .checkpoint_layouts import (
+    QWEN_IMAGE_TOKEN_ID,
+    QWEN_VIDEO_TOKEN_ID,
+    to_plugin_config,
+    to_plugin_vision_config,
+)
+
+
+class VideoLlama3VisionConfig(PreTrainedConfig):
+    """The vision encoder: SigLIP so400m/14 with 2D RoPE instead of learned positions.
+
+    Args:
+        hidden_size: width of the encoder.
+        intermediate_size: width of each MLP's hidden layer.
+        num_hidden_layers: number of encoder layers.
+        num_attention_heads: number of heads; must divide `hidden_size` into a multiple of 4.
+        num_channels: colour channels of a patch.
+        patch_size: side of a square patch, in pixels.
+        hidden_act: activation of the MLPs.
+        layer_norm_eps: epsilon of every layer norm.
+        attention_dropout: dropout probability on attention weights, training only.
+        rope_theta: base of the 2D rotary embedding.
+        initializer_range: standard deviation of fresh weights.
+        image_mean: per-channel mean that uint8 `pixel_values` are normalised with on the device, after
+            scaling to 0..1.
+        image_std: per-channel standard deviation, likewise.
+        kwargs: fields common to all configurations of transformers.
+    """
+
+    model_type = "videollama3_vision"
+    base_config_key = "vision_config"
+    base_model_tp_plan = {  # noqa: RUF012 - transformers reads a plain class attribute
+        "encoder.layers.*.self_attn.q_proj": "colwise",
+        "encoder.layers.*.self_attn.k_proj": "colwise",
+        "encoder.layers.*.self_attn.v_proj": "colwise",
+        "encoder.layers.*.self_attn.out_proj": "rowwise",
+        "encoder.layers.*.mlp.fc1": "colwise",
+        "encoder.layers.*.mlp.fc2": "rowwise",
+    }
+
+    def __init__(
+        self,
+        hidden_size: int = 1152,
+        intermediate_size: int = 4304,
+        num_hidden_layers: int = 27,
+        num_attention_heads: int = 16,
+        num_channels: int = 3,
+        patch_size: int = 14,
+        hidden_act: str = "gelu_pytorch_tanh",
+        layer_norm_eps: float = 1e-6,
+        attention_dropout: float = 0.0,
+        rope_theta: float = 10000.0,
+        initializer_range: float = 0.02,
+        image_mean: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5),
+        image_std: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5),
+        **kwargs: Any,
+    ) -> None:
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_channels = num_channels
+        self.patch_size = patch_size
+        self.hidden_act = hidden_act
+        self.layer_norm_eps = layer_norm_eps
+        self.attention_dropout = attention_dropout
+        self.rope_theta = rope_theta
+        self.initializer_range = initializer_range
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        super().__init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"Expected `{name}` of the vision encoder to be a positive integer, got {value!r}.")
+        if self.hidden_size % (4 * self.num_attention_heads) != 0:
+            raise ValueError(
+                "Expected the vision encoder's `hidden_size` to be a multiple of 4 * `num_attention_heads` "
+                f"(2D rotary embeddings), got {self.hidden_size} and {self.num_attention_heads} heads."
+            )
+        if not len(self.image_mean) == len(self.image_std) == self.num_channels:
+            raise ValueError(
+                f"Expected one `image_mean` and one `image_std` for each of {self.num_channels} channels, "
+                f"got {self.image_mean} and {self.image_std}."
+            )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads `config.json` of an encoder or of a whole model, in any layout."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        config = to_plugin_config(config)
+        if "vision_config" in config:
+            return config, kwargs
+        return to_plugin_vision_config(config), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds the configuration from a dictionary in any layout."""
+        return super().from_dict(to_plugin_vision_config(config_dict), **kwargs)
+
+
+class VideoLlama3Config(PreTrainedConfig):
+    """The whole model: vision encoder, projector, Qwen2 language model.
+
+    Args:
+        text_config: the language model, a `Qwen2Config` or its dictionary; defaults to `Qwen2Config()`.
+        vision_config: the vision encoder, a `VideoLlama3VisionConfig` or its dictionary.
+        image_token_id: id of the placeholder of one visual token of an image (`<|image_pad|>`).
+        video_token_id: id of the placeholder of one kept visual token of a video (`<|video_pad|>`).
+        tie_word_embeddings: whether `lm_head` shares its weight with the token embedding.
+        kwargs: fields common to all configurations of transformers.
+    """
+
+    model_type = "videollama3"
+    sub_configs = {"text_config": Qwen2Config, "vision_config": VideoLlama3VisionConfig}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        text_config: Qwen2Config | dict[str, Any] | None = None,
+        vision_config: VideoLlama3VisionConfig | dict[str, Any] | None = None,
+        image_token_id: int = QWEN_IMAGE_TOKEN_ID,
+        video_token_id: int = QWEN_VIDEO_TOKEN_ID,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if text_config is None or isinstance(text_config, dict):
+            text_config = Qwen2Config(**_without_model_type(text_config or {}, expected="qwen2"))
+        if vision_config is None or isinstance(vision_config, dict):
+            vision_config = VideoLlama3VisionConfig(
+                **_without_model_type(to_plugin_vision_config(vision_config or {}), expected="videollama3_vision")
+            )
+        self.text_config = text_config
+        self.vision_config = vision_config
+        self.image_token_id = image_token_id
+        self.video_token_id = video_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        # transformers sizes and ties embeddings by the text configuration.
+        self.text_config.tie_word_embeddings = tie_word_embeddings
+        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads `config.json` in any layout and translates it."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return to_plugin_config(config, name_or_path=str(pretrained_model_name_or_path)), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds the configuration from a dictionary in any layout."""
+        name_or_path = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
+        return super().from_dict(to_plugin_config(config_dict, name_or_path=name_or_path), **kwargs)
+
+
+def _without_model_type(config: dict[str, Any], *, expected: str) -> dict[str, Any]:
+    model_type = config.get("model_type", expected)
+    if model_type != expected:
+        raise ValueError(f"Expected a sub-configuration with model_type {expected!r}, got {model_type!r}.")
+    return {key: value for key, value in config.items() if key != "model_type"}

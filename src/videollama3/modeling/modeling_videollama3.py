@@ -1,0 +1,464 @@
+"""The whole model: visual tokens take the place of their placeholders, Qwen2 answers.
+
+Processor tensors enter, logits or a loss leave. Encoding pixels is left to
+`vision_encoder_videollama3.py`, loss arithmetic to `supervised_loss.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Qwen2Model
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple
+
+from .configuration_videollama3 import VideoLlama3Config
+from .pretrained_videollama3 import VideoLlama3PreTrainedModel
+from .supervised_loss import supervised_loss
+from .vision_encoder_videollama3 import VideoLlama3VisionModel
+
+# Inputs that describe media: their first dimension is not the batch, and only the prompt needs them.
+MEDIA_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "image_merge_sizes",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "video_merge_sizes",
+    "video_compression_mask",
+)
+
+
+@dataclasses.dataclass
+class VideoLlama3ModelOutputWithPast(ModelOutput):
+    """Output of `VideoLlama3Model`.
+
+    Attributes:
+        last_hidden_state: (batch, sequence, width).
+        past_key_values: the cache, when one is used.
+        hidden_states: every layer's states, on request.
+        attentions: every layer's attention weights, on request.
+        image_hidden_states: (image tokens, width), projected features of all images.
+        video_hidden_states: (kept video tokens, width), projected features of all videos.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+
+
+@dataclasses.dataclass
+class VideoLlama3CausalLMOutputWithPast(ModelOutput):
+    """Output of `VideoLlama3ForCausalLM`.
+
+    Attributes:
+        loss: scalar, when labels are given.
+        logits: (batch, kept positions, vocabulary); None in training mode with labels, where only the
+            logits of supervised positions are computed, inside the loss.
+        past_key_values: the cache, when one is used.
+        hidden_states: every layer's states, on request.
+        attentions: every layer's attention weights, on request.
+        image_hidden_states: (image tokens, width), projected features of all images.
+        video_hidden_states: (kept video tokens, width), projected features of all videos.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+
+
+class VideoLlama3Projector(nn.Module):
+    """Two linear layers from the encoder's width to the language model's."""
+
+    def __init__(self, config: VideoLlama3Config) -> None:
+        super().__init__()
+        self.readout = nn.Sequential(
+            nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size),
+            nn.GELU(),
+            nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size),
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(tokens, encoder width) -> (tokens, language model width)."""
+        return self.readout(features)
+
+
+class VideoLlama3Model(VideoLlama3PreTrainedModel):
+    """Vision encoder, projector and language model, without the head."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\b"]  # noqa: RUF012
+
+    def __init__(self, config: VideoLlama3Config) -> None:
+        super().__init__(config)
+        self.vision_model = VideoLlama3VisionModel(config.vision_config)
+        self.projector = VideoLlama3Projector(config)
+        self.language_model = Qwen2Model(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.Tensor,
+        image_merge_sizes: torch.Tensor,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Projected features of images.
+
+        Args:
+            pixel_values: (patches of all images, 588).
+            image_grid_thw: int64 (images, 3), in patches.
+            image_merge_sizes: int64 (images,).
+            kwargs: `return_dict`.
+
+        Returns:
+            `pooler_output`: a list, one (visual tokens, language width) tensor per image;
+            `last_hidden_state`: (visual tokens of all images, encoder width).
+        """
+        return self._visual_features(pixel_values, image_grid_thw, image_merge_sizes, None)
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_grid_thw: torch.Tensor,
+        video_merge_sizes: torch.Tensor,
+        video_compression_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Projected features of the kept tokens of videos: as many rows as placeholders.
+
+        Args:
+            pixel_values_videos: (patches of all videos, 588).
+            video_grid_thw: int64 (videos, 3), frames, rows and columns in patches.
+            video_merge_sizes: int64 (videos,).
+            video_compression_mask: bool (visual tokens of all videos,), True = kept; None keeps all.
+            kwargs: `return_dict`.
+
+        Returns:
+            `pooler_output`: a list, one (kept tokens, language width) tensor per video;
+            `last_hidden_state`: (kept tokens of all videos, encoder width).
+        """
+        return self._visual_features(
+            pixel_values_videos, video_grid_thw, video_merge_sizes, video_compression_mask
+        )
+
+    def _visual_features(
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: torch.Tensor,
+        merge_sizes: torch.Tensor,
+        keep: torch.Tensor | None,
+    ) -> BaseModelOutputWithPooling:
+        encoded = self.vision_model(
+            pixel_values=pixel_values, grid_thw=grid_thw, merge_sizes=merge_sizes, return_dict=True
+        ).last_hidden_state
+        counts = (grid_thw.prod(dim=1) // merge_sizes**2).tolist()
+        if keep is not None:
+            if keep.dtype != torch.bool or keep.shape != encoded.shape[:1]:
+                raise ValueError(
+                    f"Expected video_compression_mask as bool of shape ({encoded.shape[0]},), one entry per "
+                    f"visual token before pruning, got {keep.dtype} of shape {tuple(keep.shape)}."
+                )
+            keep = keep.to(encoded.device)
+            encoded = encoded[keep]
+            counts = torch.stack([part.sum() for part in keep.split(counts)]).tolist()
+        features = self.projector(encoded)
+        return BaseModelOutputWithPooling(last_hidden_state=encoded, pooler_output=list(features.split(counts)))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        image_merge_sizes: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        video_merge_sizes: torch.Tensor | None = None,
+        video_compression_mask: torch.Tensor | None = None,
+        media_expand_size: int = 1,
+        **kwargs: Any,
+    ) -> VideoLlama3ModelOutputWithPast:
+        """Runs the model up to the last hidden state.
+
+        Args:
+            input_ids: int64 (batch, sequence), with one placeholder per kept visual token.
+            attention_mask: int64 (batch, sequence), 0 at padding.
+            position_ids: int64 (batch, sequence).
+            past_key_values: cache to read and extend.
+            inputs_embeds: (batch, sequence, width) instead of `input_ids`; not together with media.
+            use_cache: whether to return a cache.
+            pixel_values: (patches of all images, 588), float or uint8.
+            image_grid_thw: int64 (images, 3).
+            image_merge_sizes: int64 (images,).
+            pixel_values_videos: (patches of all videos, 588), float or uint8.
+            video_grid_thw: int64 (videos, 3).
+            video_merge_sizes: int64 (videos,).
+            video_compression_mask: bool (visual tokens of all videos,), True = kept.
+            media_expand_size: every row of `input_ids` stands this many times in a row while its media are
+                given once (beam search, several return sequences).
+            kwargs: handed to the language model.
+
+        Raises:
+            ValueError: when placeholders and features do not match in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
+        image_features = video_features = None
+        if pixel_values is not None:
+            image = self.get_image_features(pixel_values, image_grid_thw, image_merge_sizes, return_dict=True)
+            image_features = torch.cat(image.pooler_output)
+        if pixel_values_videos is not None:
+            video = self.get_video_features(
+                pixel_values_videos, video_grid_thw, video_merge_sizes, video_compression_mask, return_dict=True
+            )
+            video_features = torch.cat(video.pooler_output)
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, image_features, video_features, media_expand_size)
+        elif image_features is not None or video_features is not None:
+            raise ValueError("Expected input_ids together with pixel values (placeholders are found by id).")
+        outputs = self.language_model(
+            input_ids=None,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        return VideoLlama3ModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+            video_hidden_states=video_features,
+        )
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor,
+        image_features: torch.Tensor | None,
+        video_features: torch.Tensor | None,
+        expand_size: int,
+    ) -> torch.Tensor:
+        """Token embeddings with features in the place of their placeholders: (batch, sequence, width)."""
+        if image_features is None and video_features is None:
+            return self.get_input_embeddings()(input_ids)
+        rows = input_ids[::expand_size]
+        embeds = self.get_input_embeddings()(rows)
+        for name, features, token_id in (
+            ("image", image_features, self.config.image_token_id),
+            ("video", video_features, self.config.video_token_id),
+        ):
+            if features is not None:
+                embeds = _place(embeds, rows == token_id, features, name=name, token_id=token_id)
+        return embeds.repeat_interleave(expand_size, dim=0) if expand_size > 1 else embeds
+
+
+def _place(
+    embeds: torch.Tensor, where: torch.Tensor, features: torch.Tensor, *, name: str, token_id: int
+) -> torch.Tensor:
+    num_placeholders = int(where.sum())
+    if num_placeholders != features.shape[0]:
+        raise ValueError(
+            f"Expected as many {name} placeholders (id {token_id}) in input_ids as {name} features, got "
+            f"{num_placeholders} placeholders and {features.shape[0]} features: input_ids were cut, or belong "
+            "to other media or to another pruning mask."
+        )
+    features = features.to(embeds.device, embeds.dtype)
+    return embeds.masked_scatter(where.unsqueeze(-1).to(embeds.device), features)
+
+
+class VideoLlama3ForCausalLM(VideoLlama3PreTrainedModel, GenerationMixin):
+    """VideoLLaMA3 with its language modelling head; `generate` returns prompt and new tokens."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: VideoLlama3Config) -> None:
+        super().__init__(config)
+        self.model = VideoLlama3Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embedding."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the head."""
+        self.lm_head = value
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.Tensor,
+        image_merge_sizes: torch.Tensor,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """See `VideoLlama3Model.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_grid_thw, image_merge_sizes, **kwargs)
+
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_grid_thw: torch.Tensor,
+        video_merge_sizes: torch.Tensor,
+        video_compression_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """See `VideoLlama3Model.get_video_features`."""
+        return self.model.get_video_features(
+            pixel_values_videos, video_grid_thw, video_merge_sizes, video_compression_mask, **kwargs
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        image_merge_sizes: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        video_merge_sizes: torch.Tensor | None = None,
+        video_compression_mask: torch.Tensor | None = None,
+        media_expand_size: int = 1,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> VideoLlama3CausalLMOutputWithPast:
+        """Runs the model and its head; arguments not named here are those of `VideoLlama3Model.forward`.
+
+        Args:
+            input_ids: int64 (batch, sequence).
+            attention_mask: int64 (batch, sequence).
+            position_ids: int64 (batch, sequence).
+            past_key_values: cache.
+            inputs_embeds: (batch, sequence, width) instead of `input_ids`.
+            labels: int64 (batch, sequence), aligned with `input_ids`, -100 where not supervised.
+            use_cache: whether to return a cache.
+            pixel_values: (patches of all images, 588).
+            image_grid_thw: int64 (images, 3).
+            image_merge_sizes: int64 (images,).
+            pixel_values_videos: (patches of all videos, 588).
+            video_grid_thw: int64 (videos, 3).
+            video_merge_sizes: int64 (videos,).
+            video_compression_mask: bool (visual tokens of all videos,).
+            media_expand_size: rows per set of media, see `VideoLlama3Model.forward`.
+            logits_to_keep: number of last positions whose logits are computed, or their indices; 0 = all.
+            skip_logits: with labels, whether to return no logits; by default in training mode only.
+            num_items_in_batch: divisor of the loss under gradient accumulation.
+            kwargs: handed on.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            image_merge_sizes=image_merge_sizes,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            video_merge_sizes=video_merge_sizes,
+            video_compression_mask=video_compression_mask,
+            media_expand_size=media_expand_size,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = None
+        if labels is not None:
+            loss = supervised_loss(hidden, labels, self.lm_head, num_items_in_batch=num_items_in_batch)
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        logits = None
+        if not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept, :])
+        return VideoLlama3CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            video_hidden_states=outputs.video_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Media go in with the prompt only; with a cache, later steps need none."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in (*MEDIA_INPUTS, "media_expand_size"):
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Repeats rows for beams and return sequences; media stay single and are encoded once."""
+        media = {name: model_kwargs.pop(name) for name in MEDIA_INPUTS if name in model_kwargs}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if media and expand_size > 1:
+            model_kwargs["media_expand_size"] = expand_size
+        return input_ids, {**model_kwargs, **media}
+
+
+__all__ = ["VideoLlama3ForCausalLM", "VideoLlama3Model"]

@@ -1,0 +1,124 @@
+"""Attention over packed segments, on every backend that transformers knows.
+
+Queries, keys and values of many segments enter packed along one axis, attended values leave in the same
+order; which segments there are is left to `packed_segments.py`, projections to the encoder.
+
+Dimensions: T patches of all segments, H heads, D head width, S segments of one length, L that length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .packed_segments import PackedSegments
+
+# Eager attention writes its scores; segments are taken in blocks so that they stay below this.
+_MAX_EAGER_SCORE_BYTES = 512 * 2**20
+
+
+def eager_segment_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention of segments of one length, softmax in float32.
+
+    Args:
+        module: the attention module; only `module.training` is read.
+        query: (S, H, L, D).
+        key: (S, H, L, D).
+        value: (S, H, L, D).
+        attention_mask: added to the scores, broadcast to (S, H, L, L); None for full attention.
+        scaling: factor on the scores.
+        dropout: probability on the weights.
+        kwargs: ignored, there for the common signature.
+
+    Returns:
+        Attended values (S, L, H, D) and weights (S, H, L, L).
+    """
+    scores = torch.matmul(query, key.transpose(-2, -1)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+def attend_packed(
+    attend: Callable[..., Any],
+    module: nn.Module,
+    query_THD: torch.Tensor,
+    key_THD: torch.Tensor,
+    value_THD: torch.Tensor,
+    *,
+    segments: PackedSegments,
+    implementation: str,
+    scaling: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Full attention inside each segment, none across segments.
+
+    Args:
+        attend: transformers' attention function for `implementation`.
+        module: the attention module, handed to `attend`.
+        query_THD: (T, H, D), packed as `segments` says.
+        key_THD: (T, H, D).
+        value_THD: (T, H, D).
+        segments: the layout of the T patches.
+        implementation: a name of transformers' attention interface.
+        scaling: factor on the scores.
+        dropout: probability on the attention weights.
+
+    Returns:
+        (T, H, D), in the order of `query_THD`.
+    """
+    if "flash" in implementation:
+        # One kernel call over all segments, batch of one: (1, H, T, D).
+        output, _ = attend(
+            module,
+            query_THD.transpose(0, 1).unsqueeze(0),
+            key_THD.transpose(0, 1).unsqueeze(0),
+            value_THD.transpose(0, 1).unsqueeze(0),
+            attention_mask=None,
+            scaling=scaling,
+            dropout=dropout,
+            is_causal=False,
+            cu_seq_lens_q=segments.cu_seqlens,
+            cu_seq_lens_k=segments.cu_seqlens,
+            max_length_q=segments.max_seqlen,
+            max_length_k=segments.max_seqlen,
+        )
+        return output.reshape(query_THD.shape)
+    outputs = []
+    start = 0
+    for num_segments, length in segments.groups:
+        block = _segments_per_call(num_segments, length, query_THD.shape[1], implementation)
+        for first in range(0, num_segments, block):
+            count = min(block, num_segments - first)
+            rows = slice(start + first * length, start + (first + count) * length)
+            query, key, value = (
+                tensor[rows].view(count, length, *tensor.shape[1:]).transpose(1, 2)
+                for tensor in (query_THD, key_THD, value_THD)
+            )
+            output, _ = attend(
+                module, query, key, value, attention_mask=None, scaling=scaling, dropout=dropout, is_causal=False
+            )
+            outputs.append(output.reshape(count * length, *query_THD.shape[1:]))
+        start += num_segments * length
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _segments_per_call(num_segments: int, length: int, num_heads: int, implementation: str) -> int:
+    if implementation != "eager":
+        return num_segments
+    score_bytes = 4 * num_heads * length * length
+    return max(1, min(num_segments, _MAX_EAGER_SCORE_BYTES // score_bytes))

@@ -1,0 +1,301 @@
+"""The vision encoder: patches of any number of frames and images -> visual tokens.
+
+Packed patches with their grids enter, one feature per visual token leaves (after the final layer norm and
+the merge, before pruning and projection). Pixels are prepared by the processor; the projector and the
+pruning mask are applied in `modeling_videollama3.py`.
+
+Dimensions: T patches, C hidden width, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+from .configuration_videollama3 import VideoLlama3VisionConfig
+from .packed_attention import attend_packed, eager_segment_attention
+from .packed_segments import Grid, PackedSegments, chunk_grids, pack_segments, read_grids
+from .pretrained_videollama3 import VideoLlama3PreTrainedModel
+
+# Without gradients the encoder takes whole segments in chunks of at most this many patches, so that its
+# activations do not grow with the number of frames.
+MAX_PATCHES_PER_CHUNK = 16384
+
+
+def rotary_table(
+    row_column: torch.Tensor, *, head_dim: int, rope_theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the 2D rotary embedding, in float32.
+
+    The first half of the rotary pairs turns with the row, the second half with the column.
+
+    Args:
+        row_column: int64 (T, 2), position of each patch on its grid.
+        head_dim: width of a head; a multiple of 4.
+        rope_theta: base of the frequencies.
+
+    Returns:
+        Two float32 tensors (T, head_dim).
+    """
+    exponent = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=row_column.device) / (head_dim // 2)
+    inverse_frequency = 1.0 / rope_theta**exponent
+    angles = (row_column.to(torch.float32).unsqueeze(-1) * inverse_frequency).flatten(1).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(states_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+    """Rotates (T, H, D) by the table in float32 and returns the input's dtype."""
+    states = states_THD.float()
+    first, second = states.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    turned = states * cos_TD.unsqueeze(1) + rotated * sin_TD.unsqueeze(1)
+    return turned.to(states_THD.dtype)
+
+
+def merge_blocks(hidden_TC: torch.Tensor, merge: int) -> torch.Tensor:
+    """Reduces every merge x merge block of patches to one token, as bilinear downsampling by `merge` does.
+
+    For an even size that is the mean of the block's four central patches (for 2, of all four), for an odd
+    size its central patch; patches are in merge-block order, so a block is a run of merge**2 rows.
+
+    Args:
+        hidden_TC: (T, C).
+        merge: side of a block.
+
+    Returns:
+        (T / merge**2, C).
+    """
+    if merge == 1:
+        return hidden_TC
+    blocks = hidden_TC.view(-1, merge, merge, hidden_TC.shape[-1])
+    low, high = (merge - 1) // 2, merge // 2
+    if low == high:
+        return blocks[:, low, low]
+    return blocks[:, low : high + 1, low : high + 1].mean(dim=(1, 2))
+
+
+class VideoLlama3VisionEmbeddings(nn.Module):
+    """Patches of 588 values -> hidden states: a 14 x 14 convolution of stride 14, that is one matrix product."""
+
+    def __init__(self, config: VideoLlama3VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(T, channels * patch * patch), normalised floats or raw uint8 0..255 -> (T, C) in the weight's dtype."""
+        weight = self.patch_embedding.weight
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = self._normalize(pixel_values)
+        return nn.functional.linear(
+            pixel_values.to(weight.dtype), weight.view(weight.shape[0], -1), self.patch_embedding.bias
+        )
+
+    def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        # The same float32 operations, in the same order, as the processor's.
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=pixels.device)
+            .repeat_interleave(self.config.patch_size**2)
+            .unsqueeze(0)
+            for values in (self.config.image_mean, self.config.image_std)
+        )
+        return (pixels.to(torch.float32) * (1 / 255) - mean) / std
+
+
+class VideoLlama3VisionAttention(nn.Module):
+    """Multi-head self-attention inside each segment, with 2D rotary positions."""
+
+    def __init__(self, config: VideoLlama3VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.num_key_value_groups = 1
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_TC: torch.Tensor,
+        segments: PackedSegments,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """(T, C) -> (T, C); `rotary` are the two tables of `rotary_table`."""
+        # -1 instead of the number of heads: under tensor parallelism a rank holds a part of them.
+        query, key, value = (
+            projection(hidden_TC).view(hidden_TC.shape[0], -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        implementation = self.config._attn_implementation
+        attended = attend_packed(
+            ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_segment_attention),
+            self,
+            apply_rotary(query, *rotary),
+            apply_rotary(key, *rotary),
+            value,
+            segments=segments,
+            implementation=implementation,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+        )
+        return self.out_proj(attended.reshape(hidden_TC.shape[0], -1))
+
+
+class VideoLlama3VisionMLP(nn.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, config: VideoLlama3VisionConfig) -> None:
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_TC: torch.Tensor) -> torch.Tensor:
+        """(T, C) -> (T, C)."""
+        return self.fc2(self.activation_fn(self.fc1(hidden_TC)))
+
+
+class VideoLlama3VisionEncoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP, each with a residual."""
+
+    def __init__(self, config: VideoLlama3VisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = VideoLlama3VisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VideoLlama3VisionMLP(config)
+
+    def forward(
+        self,
+        hidden_TC: torch.Tensor,
+        segments: PackedSegments,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """(T, C) -> (T, C)."""
+        hidden_TC = hidden_TC + self.self_attn(self.layer_norm1(hidden_TC), segments, rotary)
+        return hidden_TC + self.mlp(self.layer_norm2(hidden_TC))
+
+
+class VideoLlama3VisionEncoder(nn.Module):
+    """The stack of encoder layers."""
+
+    def __init__(self, config: VideoLlama3VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VideoLlama3VisionEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden_TC: torch.Tensor,
+        segments: PackedSegments,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """(T, C) -> (T, C)."""
+        for layer in self.layers:
+            hidden_TC = layer(hidden_TC, segments, rotary)
+        return hidden_TC
+
+
+class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
+    """The encoder as a model of its own; it reads official (VL3-SigLIP-NaViT), native and our checkpoints."""
+
+    config_class = VideoLlama3VisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    # Also the encoder inside a whole model's checkpoint, whose other weights are then left aside.
+    _official_key_mapping = {  # noqa: RUF012
+        r"^model\.vision_encoder\.vision_encoder\.": "",
+        r"^model\.vision_encoder\.": "",
+        r"^model\.vision_model\.": "",
+        r"^vision_encoder\.": "",
+    }
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"^(model\.)?(language_model|layers|norm|embed_tokens|mm_projector|projector)\b",
+        r"^lm_head\b",
+    ]
+
+    def __init__(self, config: VideoLlama3VisionConfig) -> None:
+        super().__init__(config)
+        self.embeddings = VideoLlama3VisionEmbeddings(config)
+        self.encoder = VideoLlama3VisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding."""
+        return self.embeddings.patch_embedding
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: torch.Tensor,
+        merge_sizes: torch.Tensor,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encodes images and videos of any sizes in one pass.
+
+        Args:
+            pixel_values: (T, channels * patch * patch), float (normalised) or uint8 (raw 0..255), patches of
+                all items in order of appearance, each item in merge-block order.
+            grid_thw: int64 (items, 3), frames, rows and columns of each item, in patches.
+            merge_sizes: int64 (items,), side of the block of patches that becomes one token.
+            kwargs: `return_dict`; others are ignored, as transformers' models do.
+
+        Returns:
+            `last_hidden_state` (sum of frames * rows * columns / merge**2, C).
+
+        Raises:
+            ValueError: when `pixel_values` and the grids contradict each other.
+        """
+        grids = read_grids(grid_thw, merge_sizes)
+        self._check_pixels(pixel_values, grids)
+        if torch.is_grad_enabled():
+            return BaseModelOutputWithPooling(last_hidden_state=self._encode(pixel_values, grids))
+        chunks = chunk_grids(grids, MAX_PATCHES_PER_CHUNK)
+        sizes = [sum(grid.num_patches for grid in chunk) for chunk in chunks]
+        tokens = [self._encode(part, chunk) for part, chunk in zip(pixel_values.split(sizes), chunks, strict=True)]
+        return BaseModelOutputWithPooling(last_hidden_state=tokens[0] if len(tokens) == 1 else torch.cat(tokens))
+
+    def _encode(self, pixel_values: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
+        segments = pack_segments(grids, pixel_values.device)
+        rotary = rotary_table(
+            segments.row_column,
+            head_dim=self.config.hidden_size // self.config.num_attention_heads,
+            rope_theta=self.config.rope_theta,
+        )
+        hidden = self.embeddings(pixel_values)
+        if segments.gather is not None:
+            hidden = hidden[segments.gather]
+        hidden = self.post_layernorm(self.encoder(hidden, segments, rotary))
+        if segments.scatter is not None:
+            hidden = hidden[segments.scatter]
+        parts = hidden.split([grid.num_patches for grid in grids])
+        return torch.cat([merge_blocks(part, grid.merge) for part, grid in zip(parts, grids, strict=True)])
+
+    def _check_pixels(self, pixel_values: torch.Tensor, grids: list[Grid]) -> None:
+        num_patches = sum(grid.num_patches for grid in grids)
+        width = self.config.num_channels * self.config.patch_size**2
+        if tuple(pixel_values.shape) != (num_patches, width):
+            raise ValueError(
+                f"Expected pixel_values of shape ({num_patches}, {width}), as the grids of {len(grids)} item(s) "
+                f"say, got {tuple(pixel_values.shape)}: pass the processor's tensors together, unchanged."
+            )
+        if not (pixel_values.is_floating_point() or pixel_values.dtype == torch.uint8):
+            raise ValueError(f"Expected pixel_values as normalised floats or raw uint8, got {pixel_values.dtype}.")
+
+
+__all__ = ["VideoLlama3VisionModel"]
