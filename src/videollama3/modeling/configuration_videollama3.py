@@ -129,6 +129,7 @@ class VideoLlama3Config(PreTrainedConfig):
 
     model_type = "videollama3"
     sub_configs = {"text_config": Qwen2Config, "vision_config": VideoLlama3VisionConfig}  # noqa: RUF012
+    sub_configs_defaults = sub_configs  # the name since transformers 5.2x
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     def __init__(

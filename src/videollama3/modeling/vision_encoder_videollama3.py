@@ -101,14 +101,14 @@ class VideoLlama3VisionEmbeddings(nn.Module):
         )
 
     def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        # The same float32 operations, in the same order, as the processor's.
+        # Equal, for each of the 256 levels, to the processor's table.
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=pixels.device)
             .repeat_interleave(self.config.patch_size**2)
             .unsqueeze(0)
             for values in (self.config.image_mean, self.config.image_std)
         )
-        return (pixels.to(torch.float32) * (1 / 255) - mean) / std
+        return (pixels.to(torch.float32) / 255 - mean) / std
 
 
 class VideoLlama3VisionAttention(nn.Module):

@@ -1,0 +1,1 @@
+"""Media files and conversations in, model tensors out; knows no model."""

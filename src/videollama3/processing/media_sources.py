@@ -1,0 +1,203 @@
+"""Turning what a user hands over (path, URL, bytes, file object, picture) into bytes on disk or pixels.
+
+References to media enter; local paths, byte streams and uint8 RGB pictures leave. Decoding video is left to
+`video_reading.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import re
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from huggingface_hub.utils import get_session, hf_raise_for_status
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Pixels = npt.NDArray[np.uint8]
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+_DOWNLOAD_TIMEOUT_SECONDS = 60
+
+
+def open_source(source: Any, *, what: str) -> str | BinaryIO:
+    """Resolves a reference to a local path or a seekable binary stream.
+
+    Args:
+        source: a path, an http(s), file or data URL, bytes, or a binary file object.
+        what: how to call it in errors, for instance "video 2".
+
+    Returns:
+        A path that exists, or a stream.
+
+    Raises:
+        FileNotFoundError: for a path that does not exist.
+        TypeError: for an object that is none of these.
+        ValueError: for an empty stream or a broken data URL.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _nonempty(io.BytesIO(bytes(source)), what)
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if isinstance(source, str):
+        return _open_string(source, what)
+    if hasattr(source, "read") and hasattr(source, "seek"):
+        return _nonempty(source, what)
+    raise TypeError(
+        f"Expected {what} as a path, URL, bytes or binary file object, got {type(source).__name__}: {source!r:.80}."
+    )
+
+
+def describe(source: Any) -> str:
+    """A short name of a source for error messages."""
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if isinstance(source, str):
+        return source if len(source) <= 200 else source[:100] + "..."
+    name = getattr(source, "name", None)
+    return str(name) if isinstance(name, str) else f"<{type(source).__name__}>"
+
+
+def _open_string(source: str, what: str) -> str | BinaryIO:
+    scheme = source.split(":", 1)[0].lower() if re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+:", source) else ""
+    if scheme in ("http", "https"):
+        return _nonempty(_download(source), what)
+    if scheme == "data":
+        return _nonempty(_decode_data_url(source, what), what)
+    path = unquote(urlsplit(source).path) if scheme == "file" else os.path.expanduser(source)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"Expected {what} at an existing path, got {describe(path)!r}: no such file.")
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        raise ValueError(f"Expected {what} with content, got {describe(path)!r}: the file is empty.")
+    return path
+
+
+def _download(url: str) -> BinaryIO:
+    response = get_session().get(url, follow_redirects=True, timeout=_DOWNLOAD_TIMEOUT_SECONDS)
+    hf_raise_for_status(response)
+    return io.BytesIO(response.content)
+
+
+def _decode_data_url(url: str, what: str) -> BinaryIO:
+    header, separator, payload = url.partition(",")
+    if not separator or not header.endswith(";base64"):
+        raise ValueError(f"Expected {what} as a base64 data URL (data:...;base64,...), got {header[:60]!r}.")
+    try:
+        return io.BytesIO(base64.b64decode(payload, validate=True))
+    except binascii.Error as error:
+        raise ValueError(f"Expected {what} as valid base64, got data that is not: {error}.") from error
+
+
+def _nonempty(stream: BinaryIO, what: str) -> BinaryIO:
+    stream.seek(0, io.SEEK_END)
+    size = stream.tell()
+    stream.seek(0)
+    if size == 0:
+        raise ValueError(f"Expected {what} with content, got {describe(stream)}: it is empty.")
+    return stream
+
+
+def load_picture(source: Any, *, what: str) -> Pixels:
+    """Reads one picture as RGB.
+
+    Args:
+        source: a path, URL, bytes or file object of an image file; a PIL image; a numpy array or torch
+            tensor, uint8 0..255 or float 0..1, of shape (height, width), (height, width, channels) or
+            (channels, height, width) with 1, 3 or 4 channels.
+        what: how to call it in errors.
+
+    Returns:
+        uint8 (height, width, 3), 0..255. Alpha is dropped; 16-bit pictures keep their upper 8 bits; a
+        file's EXIF orientation is applied.
+
+    Raises:
+        ValueError: when it cannot be read as a picture.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, what)
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return array_to_rgb(source, what=what)
+    if isinstance(source, str) and re.fullmatch(r"[A-Za-z0-9+/\s]{200,}={0,2}", source) and not os.path.exists(source):
+        source = f"data:;base64,{''.join(source.split())}"
+    opened = open_source(source, what=what)
+    if isinstance(opened, str) and os.path.isdir(opened):
+        raise ValueError(f"Expected {what} as an image file, got the folder {opened!r}.")
+    try:
+        with Image.open(opened) as image:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image), what)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"Expected {what} as an image file, got {describe(source)!r}: format not recognised.") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"Expected {what} as a whole image file, got {describe(source)!r}: {error}.") from error
+
+
+def _to_rgb(image: Image.Image, what: str) -> Pixels:
+    if image.width < 1 or image.height < 1:
+        raise ValueError(f"Expected {what} with at least one pixel, got size {image.width} x {image.height}.")
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "I":
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"Expected {what} with 8 or 16 bits per channel, got 32-bit integers.")
+        return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError(f"Expected {what} with 8 or 16 bits per channel, got floating point pixels (mode F).")
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def array_to_rgb(array: npt.NDArray[Any] | torch.Tensor, *, what: str) -> Pixels:
+    """One picture given as numbers -> uint8 (height, width, 3); see `load_picture`."""
+    return frames_to_rgb(array[None], what=what)[0]
+
+
+def frames_to_rgb(frames: npt.NDArray[Any] | torch.Tensor, *, what: str) -> Pixels:
+    """Pictures given as one array or tensor -> uint8 (frames, height, width, 3).
+
+    Args:
+        frames: (frames, height, width), (frames, height, width, channels) or (frames, channels, height,
+            width), uint8 0..255 or float 0..1, with 1, 3 or 4 channels. Where both layouts fit, numpy is
+            read as channels last and torch as channels first.
+        what: how to call it in errors.
+    """
+    first = isinstance(frames, torch.Tensor)
+    values = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
+    if values.ndim == 3:
+        values = values[..., None]
+    elif values.ndim == 4:
+        is_last, is_first = values.shape[-1] in (1, 3, 4), values.shape[1] in (1, 3, 4)
+        if is_first and (first or not is_last):
+            values = values.transpose(0, 2, 3, 1)
+        elif not is_last:
+            raise ValueError(f"Expected {what} with 1, 3 or 4 channels first or last, got shape {tuple(frames.shape[1:])}.")
+    else:
+        raise ValueError(f"Expected {what} as (height, width[, channels]) pictures, got shape {tuple(frames.shape[1:])}.")
+    if 0 in values.shape:
+        raise ValueError(f"Expected {what} with at least one frame and one pixel, got shape {tuple(frames.shape)}.")
+    values = values[..., :3]
+    if values.shape[-1] == 1:
+        values = np.repeat(values, 3, axis=-1)
+    return np.ascontiguousarray(_to_uint8(values, what))
+
+
+def _to_uint8(values: npt.NDArray[Any], what: str) -> Pixels:
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * 255
+    if np.issubdtype(values.dtype, np.integer):
+        low, high = values.min(), values.max()
+        if low < 0 or high > 255:
+            raise ValueError(f"Expected {what} as uint8 0..255 or float 0..1, got {values.dtype} from {low} to {high}.")
+        return values.astype(np.uint8)
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(f"Expected {what} as uint8 0..255 or float 0..1, got {values.dtype} from {low:g} to {high:g}.")
+    return np.rint(values * 255.0).astype(np.uint8)

@@ -1,0 +1,599 @@
+"""The processor: conversations or texts with media -> everything that the model takes.
+
+Conversations (transformers' or the authors' form) or texts with media enter; token ids, attention mask and
+media tensors leave. It joins the parts of this folder and does little itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoTokenizer
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils import cached_file
+
+from .conversations import Conversation, MediaReference, is_batch, read_conversation
+from .image_processing_videollama3 import VideoLlama3ImageProcessor, image_rows
+from .media_requests import EncodedMedia, encode_request, to_image_tensors, to_video_tensors
+from .planned_media import PlannedMedia, plan_image, plan_videos
+from .prompt_tokens import (
+    CHAT_TEMPLATE,
+    IMAGE_PLACEHOLDER,
+    OFFICIAL_PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+    Piece,
+    PromptTokenizer,
+    TokenizedPrompt,
+    timestamp_text,
+)
+from .video_processing_videollama3 import (
+    PER_VIDEO_OPTIONS,
+    VideoLlama3VideoProcessor,
+    split_per_video,
+    split_timestamps,
+    video_rows,
+)
+
+_TEXT_OPTIONS = (
+    "padding",
+    "padding_side",
+    "truncation",
+    "max_length",
+    "pad_to_multiple_of",
+    "return_tensors",
+    "return_attention_mask",
+    "return_mm_token_type_ids",
+    "return_assistant_tokens_mask",
+    "add_special_tokens",
+)
+_IMAGE_SETTINGS = ("merge_size", "min_tokens", "max_tokens", "do_resize", "do_rescale", "do_normalize")
+_VIDEO_SETTINGS = (
+    *_IMAGE_SETTINGS,
+    "use_token_compression",
+    "compression_threshold",
+    "compression_min_tokens",
+)
+_REQUEST_OPTIONS = ("max_visual_tokens", "pixel_dtype", "return_metadata", "progress")
+_GROUPS = ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs", "processor_kwargs")
+_OPTIONS = {*_TEXT_OPTIONS, *_VIDEO_SETTINGS, *PER_VIDEO_OPTIONS, *_REQUEST_OPTIONS}
+
+
+class VideoLlama3Processor(ProcessorMixin):
+    """Prepares images, videos and text for `VideoLlama3ForCausalLM`.
+
+    Args:
+        image_processor: a `VideoLlama3ImageProcessor`; the released models' settings by default.
+        tokenizer: a fast Qwen2 tokenizer with `<|image_pad|>` and `<|video_pad|>`.
+        video_processor: a `VideoLlama3VideoProcessor`; the released models' settings by default.
+        chat_template: Jinja source; the released models' format by default.
+    """
+
+    _auto_class = "AutoProcessor"
+    attributes: ClassVar[list[str]] = ["image_processor", "tokenizer", "video_processor"]
+
+    def __init__(
+        self,
+        image_processor: VideoLlama3ImageProcessor | None = None,
+        tokenizer: Any = None,
+        video_processor: VideoLlama3VideoProcessor | None = None,
+        chat_template: str | dict[str, str] | None = None,
+    ) -> None:
+        if tokenizer is None:
+            raise ValueError("Expected a tokenizer, got None.")
+        super().__init__(
+            image_processor or VideoLlama3ImageProcessor(),
+            tokenizer,
+            video_processor or VideoLlama3VideoProcessor(),
+            chat_template=chat_template or CHAT_TEMPLATE,
+        )
+        self.image_token = IMAGE_PLACEHOLDER
+        self.video_token = VIDEO_PLACEHOLDER
+        self.image_token_id = self._placeholder_id(IMAGE_PLACEHOLDER)
+        self.video_token_id = self._placeholder_id(VIDEO_PLACEHOLDER)
+        self._prompt_tokenizer: PromptTokenizer | None = None
+        self._prompt_tokenizer_size = -1
+
+    def _placeholder_id(self, token: str) -> int:
+        token_id = self.tokenizer.get_vocab().get(token)
+        if token_id is None:
+            raise ValueError(
+                f"Expected a tokenizer with the token {token!r}, as every Qwen2.5 tokenizer has, got one without: "
+                f"add it with tokenizer.add_special_tokens."
+            )
+        return int(token_id)
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """Accepts our sub-processors: transformers' own check for a video processor needs torchvision."""
+        if argument_name in ("image_processor", "video_processor"):
+            if not hasattr(argument, "preprocess") or not hasattr(argument, "settings"):
+                raise TypeError(
+                    f"Expected {argument_name} as VideoLlama3{'Image' if argument_name[0] == 'i' else 'Video'}Processor, "
+                    f"got {type(argument).__name__}."
+                )
+            return type(argument)
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    # ------------------------------------------------------------------ loading and saving
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Builds the parts from a folder or repository of any layout, by our own classes."""
+        trust_remote_code = kwargs.pop("trust_remote_code", None)
+        own = {name: kwargs[name] for name in (*VideoLlama3VideoProcessor.fields,) if name in kwargs}
+        hub = {name: value for name, value in kwargs.items() if name not in own}
+        tokenizer = AutoTokenizer.from_pretrained(
+            pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **hub
+        )
+        # The official layout keeps sampling and merge sizes in its flat processor configuration.
+        flat = processor_dict or {}
+        pixel = {name: value for name, value in own.items() if name in VideoLlama3ImageProcessor.fields}
+        image_own = {**({"merge_size": flat["image_merge_size"]} if "image_merge_size" in flat else {}), **pixel}
+        video_own = {
+            **({"merge_size": flat["video_merge_size"]} if "video_merge_size" in flat else {}),
+            **{name: flat[name] for name in ("fps", "max_frames") if flat.get(name) is not None},
+            **_official_compression(pretrained_model_name_or_path, hub),
+            **own,
+        }
+        image_processor = VideoLlama3ImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub, **image_own)
+        video_processor = VideoLlama3VideoProcessor.from_pretrained(pretrained_model_name_or_path, **hub, **video_own)
+        return [image_processor, tokenizer, video_processor]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they are stored."""
+        # The official class name: the name of this class is also one of transformers' own.
+        return {**super().to_dict(), "processor_class": "Videollama3Qwen2Processor"}
+
+    # ------------------------------------------------------------------ calls
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        *,
+        conversation: Any = None,
+        add_system_prompt: bool = False,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepares texts with media, or a conversation.
+
+        Args:
+            images: with `text`: one image, a flat list in order of the placeholders, or a list per row.
+            text: one prompt or a list, with one `<|image_pad|>` (or the authors' `<image>`) per image and
+                one `<|video_pad|>` per video; placeholders are expanded here.
+            videos: with `text`: one video, a flat list, or a list per row.
+            conversation: instead of `text`: messages with content dicts, or a list of conversations.
+            add_system_prompt: with `conversation`: put the released models' system prompt first.
+            add_generation_prompt: with `conversation`: let the assistant speak next.
+            chat_template: with `conversation`: another template than the processor's.
+            kwargs: text options (`padding`, `padding_side`, `truncation`, `max_length`,
+                `pad_to_multiple_of`, `return_tensors`, `return_mm_token_type_ids`,
+                `return_assistant_tokens_mask`), video options (`fps`, `max_frames`, `start_time`,
+                `end_time`, `timestamps`, `video_metadata`, `do_sample_frames`), settings of the image and
+                video processors, and `max_visual_tokens`, `pixel_dtype`, `return_metadata`, `progress`.
+                `images_kwargs`, `videos_kwargs` and `text_kwargs` may group them.
+
+        Returns:
+            `input_ids` and `attention_mask` (batch, sequence), and the media tensors, where there are media.
+            Prompts that end with the assistant's header are padded on the left, others as the tokenizer says.
+
+        Raises:
+            ValueError: when media and placeholders do not match, or a medium cannot be read; the message
+                names the item.
+        """
+        options = self._read_options(kwargs)
+        if conversation is not None:
+            if text is not None or images is not None or videos is not None:
+                raise ValueError("Expected either `conversation` or `text` with `images` and `videos`, got both.")
+            return self._process_conversations(
+                conversation,
+                options,
+                chat_template=chat_template,
+                add_system_prompt=add_system_prompt,
+                add_generation_prompt=add_generation_prompt,
+            )
+        if text is None:
+            raise ValueError("Expected `text` or `conversation`, got neither (for media alone call image_processor or video_processor).")
+        return self._process_texts(text, images, videos, options)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Renders conversations; with `tokenize=True` also reads their media.
+
+        Args:
+            conversation: messages with content dicts, or a list of conversations.
+            chat_template: another template than the processor's, or the name of one.
+            tools: handed to the template.
+            documents: handed to the template.
+            add_generation_prompt: let the assistant speak next.
+            continue_final_message: leave the last message open.
+            return_assistant_tokens_mask: also return `assistant_masks`, 1 on what the assistant says.
+            tokenize: return ids instead of text.
+            return_tensors: "pt" for tensors.
+            return_dict: with `tokenize`: everything the model takes, not the ids alone.
+            processor_kwargs: options of `__call__`.
+            kwargs: options of `__call__`; others are variables for the template (`add_system_prompt`).
+
+        Returns:
+            Text (a list for several conversations), ids, or a `BatchFeature`.
+        """
+        options = {**(processor_kwargs or {}), **{key: value for key, value in kwargs.items() if _is_option(key)}}
+        variables = {key: value for key, value in kwargs.items() if not _is_option(key)}
+        variables.update(tools=tools, documents=documents, add_generation_prompt=add_generation_prompt)
+        variables["continue_final_message"] = continue_final_message
+        if not tokenize:
+            batch = conversation if is_batch(conversation) else [conversation]
+            texts = [self._render(read_conversation(messages), chat_template, variables) for messages in batch]
+            return texts if is_batch(conversation) else texts[0]
+        options["return_tensors"] = return_tensors if return_tensors != "auto" else None
+        options["return_assistant_tokens_mask"] = return_assistant_tokens_mask
+        features = self._process_conversations(
+            conversation, self._read_options(options), chat_template=chat_template, **variables
+        )
+        if return_dict:
+            return features
+        ids = features["input_ids"]
+        return ids if is_batch(conversation) or return_tensors == "pt" else ids[0]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Decodes what `generate` returned, (batch, sequence) ids, to one text per row."""
+        decoded: list[str] = self.tokenizer.batch_decode(
+            generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
+        )
+        return decoded
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of everything that `__call__` may return for the model."""
+        names = [
+            *self.tokenizer.model_input_names,
+            *self.image_processor.model_input_names,
+            *self.video_processor.model_input_names,
+        ]
+        return list(dict.fromkeys(name for name in names if name != "token_type_ids"))
+
+    # ------------------------------------------------------------------ what engines ask
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """The text that stands for image `image_idx` in an expanded prompt."""
+        merge = int(image_inputs["image_merge_sizes"][image_idx])
+        return self.image_token * (int(torch.as_tensor(image_inputs["image_grid_thw"][image_idx]).prod()) // merge**2)
+
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
+        """The text that stands for video `video_idx` in an expanded prompt: times and kept tokens."""
+        grids = torch.as_tensor(video_inputs["video_grid_thw"])
+        counts = (grids.prod(dim=1) // torch.as_tensor(video_inputs["video_merge_sizes"]) ** 2).tolist()
+        mask = torch.as_tensor(video_inputs["video_compression_mask"]).split(counts)[video_idx]
+        metadata = video_inputs["video_metadata"][video_idx]
+        frames = mask.view(int(grids[video_idx, 0]), -1).sum(dim=1).tolist()
+        return ",".join(
+            f"Time {timestamp_text(seconds)}s:" + self.video_token * count
+            for seconds, count in zip(metadata.timestamps, frames, strict=True)
+        )
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Numbers of tokens and patches from sizes alone, each item alone in its request, before pruning.
+
+        Args:
+            image_sizes: (height, width) in pixels of each image.
+            video_sizes: (frames, height, width) of each video.
+            kwargs: settings of the image and video processors.
+        """
+        data: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            merge = kwargs.get("merge_size") or self.image_processor.merge_size
+            patches = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes]
+            data["num_image_patches"] = patches
+            data["num_image_tokens"] = [count // merge**2 for count in patches]
+        if video_sizes is not None:
+            merge = kwargs.get("merge_size") or self.video_processor.merge_size
+            data["num_video_tokens"] = [
+                self.video_processor.get_num_of_video_patches(*size, kwargs) // merge**2 for size in video_sizes
+            ]
+        return MultiModalData(**data)
+
+    # ------------------------------------------------------------------ inside
+
+    @property
+    def _prompts(self) -> PromptTokenizer:
+        if self._prompt_tokenizer is None or self._prompt_tokenizer_size != len(self.tokenizer):
+            self._prompt_tokenizer = PromptTokenizer(
+                self.tokenizer, image_token_id=self.image_token_id, video_token_id=self.video_token_id
+            )
+            self._prompt_tokenizer_size = len(self.tokenizer)
+        return self._prompt_tokenizer
+
+    def _read_options(self, given: dict[str, Any]) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        for group in _GROUPS:
+            group_options = dict(given.get(group) or {})
+            if group == "images_kwargs":
+                group_options = {f"image_{key}" if key in _IMAGE_SETTINGS else key: v for key, v in group_options.items()}
+            if group == "videos_kwargs":
+                group_options = {f"video_{key}" if key in _VIDEO_SETTINGS else key: v for key, v in group_options.items()}
+            options.update(group_options)
+        options.update({key: value for key, value in given.items() if key not in _GROUPS})
+        known = {*_OPTIONS, *(f"image_{key}" for key in _IMAGE_SETTINGS), *(f"video_{key}" for key in _VIDEO_SETTINGS)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise TypeError(f"Expected options among {', '.join(sorted(_OPTIONS))}; got {', '.join(unknown)}.")
+        if options.get("return_tensors") not in (None, "pt"):
+            raise ValueError(f"Expected return_tensors='pt' (torch) or None, got {options['return_tensors']!r}.")
+        return {key: value for key, value in options.items() if value is not None}
+
+    def _render(self, conversation: Conversation, chat_template: str | None, variables: dict[str, Any]) -> str:
+        """Text of a conversation with one placeholder per medium."""
+        rendered, mark = self._prompts.render(conversation.messages, self._template(chat_template), **variables)
+        pieces = self._prompts.split(rendered, mark)
+        media = iter(conversation.media)
+        self._check_count(pieces, conversation.media)
+        texts = []
+        for piece in pieces:
+            if piece.token_id is not None and piece.text in self._prompts.placeholders:
+                texts.append(self.image_token if next(media).kind == "image" else self.video_token)
+            else:
+                texts.append(piece.text)
+        return "".join(texts)
+
+    def _template(self, chat_template: str | None) -> str:
+        stored = self.chat_template
+        if isinstance(stored, dict):
+            name = chat_template if chat_template in stored else "default"
+            if chat_template is None or chat_template in stored:
+                if name not in stored:
+                    raise ValueError(f"Expected the name of one of the chat templates {sorted(stored)}, got None.")
+                return stored[name]
+        return chat_template or stored or CHAT_TEMPLATE
+
+    def _process_conversations(
+        self, conversation: Any, options: dict[str, Any], *, chat_template: str | None, **variables: Any
+    ) -> BatchFeature:
+        batch = [read_conversation(messages) for messages in (conversation if is_batch(conversation) else [conversation])]
+        rows = []
+        media: list[EncodedMedia] = []
+        # Prompts first: a broken template or part shows before minutes of decoding.
+        rendered = []
+        for row in batch:
+            text, mark = self._prompts.render(row.messages, self._template(chat_template), **variables)
+            pieces = self._prompts.split(text, mark)
+            self._check_count(pieces, row.media)
+            rendered.append(pieces)
+        for i, (row, pieces) in enumerate(zip(batch, rendered, strict=True)):
+            prefix = f"row {i}, " if len(batch) > 1 else ""
+            encoded = self._encode_media(row.media, options, prefix)
+            media += encoded
+            rows.append(self._expand(pieces, encoded))
+        return self._finish(rows, media, options)
+
+    def _check_count(self, pieces: list[Piece], media: Sequence[Any]) -> None:
+        count = sum(piece.token_id is not None and piece.text in self._prompts.placeholders for piece in pieces)
+        if count != len(media):
+            raise ValueError(
+                f"Expected a chat template that writes one placeholder for each of the {len(media)} media of the "
+                f"conversation, got {count} (a message whose role or content the template leaves out?)."
+            )
+
+    def _process_texts(
+        self, text: str | Sequence[str], images: Any, videos: Any, options: dict[str, Any]
+    ) -> BatchFeature:
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(item, str) for item in texts):
+            raise TypeError(f"Expected `text` as a string or a non-empty list of strings, got {text!r:.80}.")
+        rows = [self._prompts.split(item) for item in texts]
+        image_markers = [
+            sum(p.token_id is not None and p.text in (IMAGE_PLACEHOLDER, OFFICIAL_PLACEHOLDER) for p in row) for row in rows
+        ]
+        video_markers = [sum(p.token_id is not None and p.text == VIDEO_PLACEHOLDER for p in row) for row in rows]
+        image_sources = _deal(image_rows(images) if images is not None else [], image_markers, "image", IMAGE_PLACEHOLDER)
+        video_sources = _deal(video_rows(videos) if videos is not None else [], video_markers, "video", VIDEO_PLACEHOLDER)
+        num_videos = sum(video_markers)
+        records = iter(split_per_video(options.get("video_metadata"), num_videos, what="video_metadata"))
+        labels = iter(split_timestamps(options.get("timestamps"), num_videos))
+        media: list[EncodedMedia] = []
+        expanded = []
+        seen = {"image": 0, "video": 0}
+        for row, row_images, row_videos in zip(rows, image_sources, video_sources, strict=True):
+            sources = {"image": iter(row_images), "video": iter(row_videos)}
+            references = []
+            for piece in row:
+                if piece.token_id is None or piece.text not in self._prompts.placeholders:
+                    continue
+                kind = "video" if piece.text == VIDEO_PLACEHOLDER else "image"
+                own = {"video_metadata": next(records), "timestamps": next(labels)} if kind == "video" else {}
+                reference = MediaReference(kind, next(sources[kind]), own, f"{kind} {seen[kind]}")  # type: ignore[arg-type]
+                references.append(reference)
+                seen[kind] += 1
+            shared = {key: value for key, value in options.items() if key not in ("video_metadata", "timestamps")}
+            encoded = self._encode_media(references, shared, "")
+            media += encoded
+            expanded.append(self._expand(row, encoded))
+        return self._finish(expanded, media, options)
+
+    def _encode_media(
+        self, references: Sequence[MediaReference], options: dict[str, Any], prefix: str
+    ) -> list[EncodedMedia]:
+        """Plans, reads and prunes the media of one request."""
+        planned: list[PlannedMedia | None] = []
+        videos = []
+        shared = {key: options[key] for key in PER_VIDEO_OPTIONS if key in options and key != "max_visual_tokens"}
+        for reference in references:
+            name = f"{prefix}{reference.where}"
+            if reference.source is None:
+                raise ValueError(
+                    f"Expected {name} with its {reference.kind}, got a placeholder only: give a source (`path`, `url`, "
+                    f"`{reference.kind}`), or render with tokenize=False and pass {reference.kind}s with the text."
+                )
+            if reference.kind == "image":
+                planned.append(plan_image(reference.source, name=f"{name} (image)" if "part" in name else name))
+            else:
+                planned.append(None)
+                own = {key: value for key, value in reference.options.items() if value is not None}
+                option = self.video_processor.options(**{**shared, **own})
+                videos.append((reference.source, option, f"{name} (video)" if "part" in name else name))
+        clips = iter(plan_videos(*zip(*videos, strict=True)) if videos else [])
+        return encode_request(
+            [item if item is not None else next(clips) for item in planned],
+            image=self.image_processor.settings(**_pick(options, _IMAGE_SETTINGS, "image_")),
+            video=self.video_processor.settings(**_pick(options, _VIDEO_SETTINGS, "video_")),
+            max_visual_tokens=options.get("max_visual_tokens"),
+            pixel_dtype=options.get("pixel_dtype", self.image_processor.pixel_dtype),
+            progress=options.get("progress"),
+        )
+
+    def _expand(self, pieces: list[Piece], media: list[EncodedMedia]) -> list[Piece]:
+        items = iter(media)
+        expanded: list[Piece] = []
+        for piece in pieces:
+            if piece.token_id is None or piece.text not in self._prompts.placeholders:
+                expanded.append(piece)
+                continue
+            item = next(items)
+            if item.kind == "image":
+                expanded += self._prompts.image_pieces(len(item.keep))
+            else:
+                assert item.timestamps is not None
+                expanded += self._prompts.video_pieces(item.timestamps.tolist(), item.kept_per_frame)
+        return expanded
+
+    def _finish(self, rows: list[list[Piece]], media: list[EncodedMedia], options: dict[str, Any]) -> BatchFeature:
+        prompts = [self._truncate(self._prompts.tokenize(row), row_index, options) for row_index, row in enumerate(rows)]
+        side = options.get("padding_side")
+        if side is None and all(self._prompts.ends_with_generation_prompt(row) for row in rows):
+            # Generation continues at the end of each row.
+            side = "left"
+        data: dict[str, Any] = self._pad(prompts, side, options)
+        data.update(to_image_tensors(media))
+        data.update(to_video_tensors(media))
+        if options.get("return_metadata"):
+            data["video_metadata"] = [item.metadata for item in media if item.kind == "video"]
+        return BatchFeature(data)
+
+    def _truncate(self, prompt: TokenizedPrompt, row: int, options: dict[str, Any]) -> TokenizedPrompt:
+        limit = options.get("max_length")
+        if not options.get("truncation") or options["truncation"] == "do_not_truncate":
+            return prompt
+        limit = limit or self.tokenizer.model_max_length
+        if len(prompt.input_ids) <= limit:
+            return prompt
+        cut = prompt.input_ids[limit:]
+        if self.image_token_id in cut or self.video_token_id in cut:
+            raise ValueError(
+                f"Expected row {row} to fit max_length={limit} without cutting visual tokens, got {len(prompt.input_ids)} "
+                "tokens: raise max_length, or lower max_frames or max_visual_tokens."
+            )
+        return TokenizedPrompt(prompt.input_ids[:limit], prompt.assistant_mask[:limit])
+
+    def _pad(self, prompts: list[TokenizedPrompt], side: str | None, options: dict[str, Any]) -> dict[str, Any]:
+        rows: dict[str, list[list[int]]] = {
+            "input_ids": [prompt.input_ids for prompt in prompts],
+            "attention_mask": [[1] * len(prompt.input_ids) for prompt in prompts],
+        }
+        fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0}
+        if options.get("return_assistant_tokens_mask"):
+            rows["assistant_masks"] = [prompt.assistant_mask for prompt in prompts]
+            fill["assistant_masks"] = 0
+        if options.get("return_mm_token_type_ids"):
+            kinds = {self.image_token_id: 1, self.video_token_id: 2}
+            rows["mm_token_type_ids"] = [[kinds.get(i, 0) for i in prompt.input_ids] for prompt in prompts]
+            fill["mm_token_type_ids"] = 0
+        length = self._padded_length([len(prompt.input_ids) for prompt in prompts], options)
+        if length is not None:
+            if fill["input_ids"] is None:
+                raise ValueError("Expected a tokenizer with a pad token to pad a batch, got none.")
+            left = (side or self.tokenizer.padding_side) == "left"
+            for name, values in rows.items():
+                for i, value in enumerate(values):
+                    padding = [fill[name]] * (length - len(value))
+                    values[i] = padding + value if left else value + padding
+        if options.get("return_attention_mask") is False:
+            del rows["attention_mask"]
+        if options.get("return_tensors") != "pt":
+            return dict(rows)
+        if len({len(ids) for ids in rows["input_ids"]}) > 1:
+            raise ValueError(
+                f"Expected rows of one length for return_tensors='pt', got {[len(ids) for ids in rows['input_ids']]}: "
+                "pass padding=True."
+            )
+        return {name: torch.tensor(values, dtype=torch.int64) for name, values in rows.items()}
+
+    @staticmethod
+    def _padded_length(lengths: list[int], options: dict[str, Any]) -> int | None:
+        padding = options.get("padding", False)
+        if padding in (False, "do_not_pad"):
+            return None
+        longest = max(lengths)
+        if padding == "max_length":
+            limit = options.get("max_length")
+            if limit is None:
+                raise ValueError("Expected max_length together with padding='max_length', got none.")
+            longest = max(longest, limit)
+        elif padding not in (True, "longest"):
+            raise ValueError(f"Expected padding True, 'longest', 'max_length' or False, got {padding!r}.")
+        multiple = options.get("pad_to_multiple_of") or 1
+        return -(-longest // multiple) * multiple
+
+
+def _is_option(name: str) -> bool:
+    return name in _OPTIONS or name in _GROUPS
+
+
+def _pick(options: dict[str, Any], names: Sequence[str], prefix: str) -> dict[str, Any]:
+    return {name: options.get(prefix + name, options.get(name)) for name in names}
+
+
+def _deal(rows: list[list[Any]], counts: list[int], kind: str, marker: str) -> list[list[Any]]:
+    """Media for each text: given per row, or dealt out in order of the placeholders."""
+    flat = [item for row in rows for item in row]
+    nested = len(rows) == len(counts) and len(rows) > 1
+    if len(flat) != sum(counts) or (nested and [len(row) for row in rows] != counts):
+        given = [len(row) for row in rows] if nested else len(flat)
+        raise ValueError(
+            f"Expected one {kind} for each {marker} in `text`, got {counts if nested else sum(counts)} placeholder(s) and "
+            f"{given} {kind}(s)."
+        )
+    dealt = []
+    start = 0
+    for count in counts:
+        dealt.append(flat[start : start + count])
+        start += count
+    return dealt
+
+
+def _official_compression(name_or_path: Any, hub: dict[str, Any]) -> dict[str, Any]:
+    """Whether an official checkpoint prunes: its model configuration says so."""
+    arguments = {key: value for key, value in hub.items() if key in ("cache_dir", "token", "revision", "local_files_only", "subfolder")}
+    path = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **arguments)
+    if path is None or not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    if config.get("use_token_compression") is None:
+        return {}
+    return {"use_token_compression": bool(config["use_token_compression"])}
