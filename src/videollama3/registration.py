@@ -103,12 +103,3 @@ def register() -> None:
             config, {"pil": image_processor, "torchvision": image_processor}, exist_ok=True
         )
         AutoVideoProcessor.register(config, video_processor, exist_ok=True)
-    # What save_pretrained writes for `trust_remote_code`.
-    VideoLlama3Config.register_for_auto_class()
-    VideoLlama3VisionConfig.register_for_auto_class()
-    VideoLlama3Model.register_for_auto_class("AutoModel")
-    VideoLlama3VisionModel.register_for_auto_class("AutoModel")
-    VideoLlama3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-    VideoLlama3Processor.register_for_auto_class()
-    VideoLlama3ImageProcessor.register_for_auto_class()
-    VideoLlama3VideoProcessor.register_for_auto_class("AutoVideoProcessor")

@@ -45,6 +45,7 @@ OFFICIAL_KEY_MAPPING: dict[str, str] = {
 # Fields of an official config.json that say nothing about the language model.
 _OFFICIAL_NON_TEXT_FIELDS = frozenset(
     {
+        "_name_or_path",
         "architectures",
         "auto_map",
         "model_type",
@@ -67,16 +68,19 @@ _OFFICIAL_NON_TEXT_FIELDS = frozenset(
         "dtype",
     }
 )
-_NATIVE_VISION_FIELDS_TO_DROP = frozenset({"rope_parameters", "model_type"})
+_VISION_FIELDS_TO_DROP = frozenset({"_name_or_path", "auto_map", "model_type", "rope_parameters"})
 
 
-def to_plugin_config(config: dict[str, Any], *, name_or_path: str | None = None) -> dict[str, Any]:
+def to_plugin_config(
+    config: dict[str, Any], *, name_or_path: str | None = None, **download_options: Any
+) -> dict[str, Any]:
     """Translates a whole model's configuration dictionary into this package's layout.
 
     Args:
         config: the content of a `config.json` of any of the three layouts.
         name_or_path: folder or Hub id that the configuration came from; the official layout does not record
             the ids of `<|image_pad|>` and `<|video_pad|>`, they are looked up in its tokenizer files.
+        download_options: `revision`, `subfolder`, `cache_dir` and the like, for those files.
 
     Returns:
         A new dictionary; one that already has this package's layout comes back unchanged.
@@ -86,7 +90,7 @@ def to_plugin_config(config: dict[str, Any], *, name_or_path: str | None = None)
     """
     model_type = config.get("model_type")
     if model_type == OFFICIAL_MODEL_TYPE:
-        return _plugin_from_official(config, name_or_path)
+        return _plugin_from_official(config, name_or_path, download_options)
     if model_type == NATIVE_MODEL_TYPE:
         return _plugin_from_native(config)
     return config
@@ -94,8 +98,7 @@ def to_plugin_config(config: dict[str, Any], *, name_or_path: str | None = None)
 
 def to_plugin_vision_config(config: dict[str, Any]) -> dict[str, Any]:
     """Translates a vision encoder's configuration dictionary, of any of the three layouts, into ours."""
-    vision = {key: value for key, value in config.items() if key not in _NATIVE_VISION_FIELDS_TO_DROP}
-    vision.pop("auto_map", None)
+    vision = {key: value for key, value in config.items() if key not in _VISION_FIELDS_TO_DROP}
     vision["model_type"] = PLUGIN_VISION_MODEL_TYPE
     rope_parameters = config.get("rope_parameters") or {}
     if "rope_theta" in rope_parameters:
@@ -103,7 +106,9 @@ def to_plugin_vision_config(config: dict[str, Any]) -> dict[str, Any]:
     return vision
 
 
-def _plugin_from_official(config: dict[str, Any], name_or_path: str | None) -> dict[str, Any]:
+def _plugin_from_official(
+    config: dict[str, Any], name_or_path: str | None, download_options: dict[str, Any]
+) -> dict[str, Any]:
     projector_type = config.get("mm_projector_type") or "mlp2x_gelu"
     if projector_type != "mlp2x_gelu":
         raise ValueError(
@@ -123,7 +128,7 @@ def _plugin_from_official(config: dict[str, Any], name_or_path: str | None) -> d
         "text_config": text,
         "vision_config": to_plugin_vision_config(config["vision_encoder_config"]),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-        **_placeholder_ids(config, name_or_path),
+        **_placeholder_ids(config, name_or_path, download_options),
     }
     dtype = config.get("dtype", config.get("torch_dtype"))
     if dtype is not None:
@@ -142,32 +147,35 @@ def _plugin_from_native(config: dict[str, Any]) -> dict[str, Any]:
     return plugin
 
 
-def _placeholder_ids(config: dict[str, Any], name_or_path: str | None) -> dict[str, int]:
-    added = _added_tokens(name_or_path) if name_or_path else {}
+def _placeholder_ids(
+    config: dict[str, Any], name_or_path: str | None, download_options: dict[str, Any]
+) -> dict[str, int]:
+    added = _added_tokens(name_or_path, download_options) if name_or_path else {}
     return {
         "image_token_id": config.get("image_token_id", added.get(IMAGE_PLACEHOLDER, QWEN_IMAGE_TOKEN_ID)),
         "video_token_id": config.get("video_token_id", added.get(VIDEO_PLACEHOLDER, QWEN_VIDEO_TOKEN_ID)),
     }
 
 
-def _added_tokens(name_or_path: str) -> dict[str, int]:
+def _added_tokens(name_or_path: str, download_options: dict[str, Any]) -> dict[str, int]:
     """The added tokens of a checkpoint's tokenizer, text to id; empty where it has no tokenizer files."""
-    tokenizer_config = _read_json(name_or_path, "tokenizer_config.json") or {}
+    tokenizer_config = _read_json(name_or_path, "tokenizer_config.json", download_options) or {}
     decoder = tokenizer_config.get("added_tokens_decoder")
     if decoder:
         return {token["content"]: int(token_id) for token_id, token in decoder.items()}
-    tokenizer = _read_json(name_or_path, "tokenizer.json") or {}
+    tokenizer = _read_json(name_or_path, "tokenizer.json", download_options) or {}
     if tokenizer.get("added_tokens"):
         return {token["content"]: int(token["id"]) for token in tokenizer["added_tokens"]}
-    return _read_json(name_or_path, "added_tokens.json") or {}
+    return _read_json(name_or_path, "added_tokens.json", download_options) or {}
 
 
-def _read_json(name_or_path: str, filename: str) -> dict[str, Any] | None:
+def _read_json(name_or_path: str, filename: str, download_options: dict[str, Any]) -> dict[str, Any] | None:
     if os.path.isfile(name_or_path):
         name_or_path = os.path.dirname(name_or_path)
     path = cached_file(
         name_or_path,
         filename,
+        **download_options,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

@@ -18,6 +18,9 @@ from .checkpoint_layouts import (
     to_plugin_vision_config,
 )
 
+# Arguments of `from_pretrained` that say where a checkpoint's files are.
+_DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
 
 class VideoLlama3VisionConfig(PreTrainedConfig):
     """The vision encoder: SigLIP so400m/14 with 2D RoPE instead of learned positions.
@@ -42,6 +45,7 @@ class VideoLlama3VisionConfig(PreTrainedConfig):
 
     model_type = "videollama3_vision"
     base_config_key = "vision_config"
+    _auto_class = "AutoConfig"
     base_model_tp_plan = {  # noqa: RUF012 - transformers reads a plain class attribute
         "encoder.layers.*.self_attn.q_proj": "colwise",
         "encoder.layers.*.self_attn.k_proj": "colwise",
@@ -123,11 +127,13 @@ class VideoLlama3Config(PreTrainedConfig):
         vision_config: the vision encoder, a `VideoLlama3VisionConfig` or its dictionary.
         image_token_id: id of the placeholder of one visual token of an image (`<|image_pad|>`).
         video_token_id: id of the placeholder of one kept visual token of a video (`<|video_pad|>`).
-        tie_word_embeddings: whether `lm_head` shares its weight with the token embedding.
+        tie_word_embeddings: whether `lm_head` shares its weight with the token embedding; defaults to what
+            `text_config` says.
         kwargs: fields common to all configurations of transformers.
     """
 
     model_type = "videollama3"
+    _auto_class = "AutoConfig"
     sub_configs = {"text_config": Qwen2Config, "vision_config": VideoLlama3VisionConfig}  # noqa: RUF012
     sub_configs_defaults = sub_configs  # the name since transformers 5.2x
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
@@ -138,35 +144,40 @@ class VideoLlama3Config(PreTrainedConfig):
         vision_config: VideoLlama3VisionConfig | dict[str, Any] | None = None,
         image_token_id: int = QWEN_IMAGE_TOKEN_ID,
         video_token_id: int = QWEN_VIDEO_TOKEN_ID,
-        tie_word_embeddings: bool = False,
+        tie_word_embeddings: bool | None = None,
         **kwargs: Any,
     ) -> None:
         if text_config is None or isinstance(text_config, dict):
-            text_config = Qwen2Config(**_without_model_type(text_config or {}, expected="qwen2"))
+            text: Qwen2Config = Qwen2Config(**_without_model_type(text_config or {}, expected="qwen2"))
+        else:
+            text = text_config
         if vision_config is None or isinstance(vision_config, dict):
             vision_config = VideoLlama3VisionConfig(
                 **_without_model_type(to_plugin_vision_config(vision_config or {}), expected="videollama3_vision")
             )
-        self.text_config = text_config
-        self.vision_config = vision_config
+        if tie_word_embeddings is None:
+            tie_word_embeddings = bool(text.tie_word_embeddings)
+        self.text_config: Qwen2Config = text
+        self.vision_config: VideoLlama3VisionConfig = vision_config
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
         self.tie_word_embeddings = tie_word_embeddings
         # transformers sizes and ties embeddings by the text configuration.
-        self.text_config.tie_word_embeddings = tie_word_embeddings
+        text.tie_word_embeddings = tie_word_embeddings
         super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads `config.json` in any layout and translates it."""
+        options = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if kwargs.get(name) is not None}
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return to_plugin_config(config, name_or_path=str(pretrained_model_name_or_path)), kwargs
+        return to_plugin_config(config, name_or_path=str(pretrained_model_name_or_path), **options), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds the configuration from a dictionary in any layout."""
-        name_or_path = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
-        return super().from_dict(to_plugin_config(config_dict, name_or_path=name_or_path), **kwargs)
+        # Not the dictionary's own `_name_or_path`: it names a folder of whoever saved it.
+        return super().from_dict(to_plugin_config(config_dict, name_or_path=kwargs.get("name_or_path")), **kwargs)
 
 
 def _without_model_type(config: dict[str, Any], *, expected: str) -> dict[str, Any]:

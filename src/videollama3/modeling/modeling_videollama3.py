@@ -98,6 +98,8 @@ class VideoLlama3Projector(nn.Module):
 class VideoLlama3Model(VideoLlama3PreTrainedModel):
     """Vision encoder, projector and language model, without the head."""
 
+    _auto_class = "AutoModel"
+    _auto_classes = {"AutoModel": "VideoLlama3Model"}  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\b"]  # noqa: RUF012
 
     def __init__(self, config: VideoLlama3Config) -> None:
@@ -170,6 +172,11 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
         merge_sizes: torch.Tensor,
         keep: torch.Tensor | None,
     ) -> BaseModelOutputWithPooling:
+        if grid_thw is None or merge_sizes is None:
+            raise ValueError(
+                "Expected grids and merge sizes together with pixel values, got None: pass all of the processor's "
+                "tensors on."
+            )
         encoded = self.vision_model(
             pixel_values=pixel_values, grid_thw=grid_thw, merge_sizes=merge_sizes, return_dict=True
         ).last_hidden_state
@@ -239,7 +246,7 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
                 pixel_values_videos, video_grid_thw, video_merge_sizes, video_compression_mask, return_dict=True
             )
             video_features = torch.cat(video.pooler_output)
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds = self._embed(input_ids, image_features, video_features, media_expand_size)
         elif image_features is not None or video_features is not None:
             raise ValueError("Expected input_ids together with pixel values (placeholders are found by id).")
@@ -272,20 +279,20 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
         """Token embeddings with features in the place of their placeholders: (batch, sequence, width)."""
         if image_features is None and video_features is None:
             return self.get_input_embeddings()(input_ids)
-        rows = input_ids[::expand_size]
-        embeds = self.get_input_embeddings()(rows)
+        embeds = self.get_input_embeddings()(input_ids)
         for name, features, token_id in (
             ("image", image_features, self.config.image_token_id),
             ("video", video_features, self.config.video_token_id),
         ):
             if features is not None:
-                embeds = _place(embeds, rows == token_id, features, name=name, token_id=token_id)
-        return embeds.repeat_interleave(expand_size, dim=0) if expand_size > 1 else embeds
+                where = input_ids == token_id
+                _check_counts(where[::expand_size], features, name=name, token_id=token_id)
+                features = _expand(features, where, expand_size).to(embeds.device, embeds.dtype)
+                embeds = embeds.masked_scatter(where.unsqueeze(-1).to(embeds.device), features)
+        return embeds
 
 
-def _place(
-    embeds: torch.Tensor, where: torch.Tensor, features: torch.Tensor, *, name: str, token_id: int
-) -> torch.Tensor:
+def _check_counts(where: torch.Tensor, features: torch.Tensor, *, name: str, token_id: int) -> None:
     num_placeholders = int(where.sum())
     if num_placeholders != features.shape[0]:
         raise ValueError(
@@ -293,20 +300,32 @@ def _place(
             f"{num_placeholders} placeholders and {features.shape[0]} features: input_ids were cut, or belong "
             "to other media or to another pruning mask."
         )
-    features = features.to(embeds.device, embeds.dtype)
-    return embeds.masked_scatter(where.unsqueeze(-1).to(embeds.device), features)
+
+
+def _expand(features: torch.Tensor, where: torch.Tensor, expand_size: int) -> torch.Tensor:
+    """Repeats each prompt's features for its `expand_size` rows; the rows differ after the prompt (beams)."""
+    if expand_size == 1:
+        return features
+    per_prompt = features.split(where[::expand_size].sum(dim=1).tolist())
+    return torch.cat([part.repeat(expand_size, 1) for part in per_prompt])
 
 
 class VideoLlama3ForCausalLM(VideoLlama3PreTrainedModel, GenerationMixin):
     """VideoLLaMA3 with its language modelling head; `generate` returns prompt and new tokens."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+    _auto_class = "AutoModelForCausalLM"
+    _auto_classes = {  # noqa: RUF012
+        "AutoModel": "VideoLlama3Model",
+        "AutoModelForCausalLM": "VideoLlama3ForCausalLM",
+        "AutoModelForImageTextToText": "VideoLlama3ForCausalLM",
+    }
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: VideoLlama3Config) -> None:
         super().__init__(config)
         self.model = VideoLlama3Model(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -435,7 +454,11 @@ class VideoLlama3ForCausalLM(VideoLlama3PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, *args: Any, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """Media go in with the prompt only; with a cache, later steps need none."""
+        """Media go in with the prompt only; once the cache holds it, later steps need none."""
+        # Chunked prefill of older transformers and assistants announce no first iteration: without this, the
+        # media would be dropped and placeholders read as text.
+        cache = kwargs.get("past_key_values")
+        is_first_iteration = is_first_iteration or (cache is not None and cache.get_seq_length() == 0)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )

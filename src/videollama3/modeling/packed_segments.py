@@ -55,10 +55,11 @@ def read_grids(grid_thw: torch.Tensor, merge_sizes: torch.Tensor) -> list[Grid]:
         One `Grid` per item.
 
     Raises:
-        ValueError: naming the item, when a grid is not positive or not a multiple of its merge size.
+        ValueError: naming the item, when a grid is not positive or not a multiple of its merge size; when
+            there is no item.
     """
-    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
-        raise ValueError(f"Expected grid_thw of shape (items, 3), got {tuple(grid_thw.shape)}.")
+    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.shape[0] == 0:
+        raise ValueError(f"Expected grid_thw of shape (items, 3) with at least one item, got {tuple(grid_thw.shape)}.")
     if merge_sizes.ndim != 1 or merge_sizes.shape[0] != grid_thw.shape[0]:
         raise ValueError(
             f"Expected one merge size for each of {grid_thw.shape[0]} items, got shape {tuple(merge_sizes.shape)}."

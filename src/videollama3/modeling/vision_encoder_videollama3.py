@@ -214,6 +214,8 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
 
     config_class = VideoLlama3VisionConfig
     main_input_name = "pixel_values"
+    _auto_class = "AutoModel"
+    _auto_classes = {"AutoModel": "VideoLlama3VisionModel"}  # noqa: RUF012
     input_modalities = ("image",)
     # Also the encoder inside a whole model's checkpoint, whose other weights are then left aside.
     _official_key_mapping = {  # noqa: RUF012
@@ -235,8 +237,8 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The patch embedding."""
-        return self.embeddings.patch_embedding
+        """The patch embedding: the module that is called, so that hooks on its output run."""
+        return self.embeddings
 
     @can_return_tuple
     def forward(

@@ -19,6 +19,7 @@ from .visual_budget import ItemSize, target_sizes
 class VideoLlama3ImageProcessor(VideoLlama3PixelProcessor):
     """Turns images into patches by the authors' size rule; needs neither torchvision nor a GPU."""
 
+    _auto_class = "AutoImageProcessor"
     model_input_names: ClassVar[list[str]] = ["pixel_values", "image_grid_thw", "image_merge_sizes"]
     nested_key = "image_processor"
     config_files = ("preprocessor_config.json",)

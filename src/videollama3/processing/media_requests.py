@@ -128,21 +128,21 @@ def encode_request(
     while True:
         settings = [image if item.kind == "image" else video for item in items]
         sizes = _sizes(items, settings, max_visual_tokens)
-        current = 0
         done = 0
         total = sum(item.num_frames for item in items)
-        encoded = []
+        encoded: list[EncodedMedia] = []
         try:
-            for current, (item, setting, size) in enumerate(zip(items, settings, sizes, strict=True)):
+            for item, setting, size in zip(items, settings, sizes, strict=True):
                 encoded.append(_encode(item, setting, size, pixel_dtype, _shift(progress, done, total)))
                 done += item.num_frames
             return encoded
         except UnexpectedFrameError as error:
             # The packets of this file did not tell the truth: learn its times by decoding, size anew.
-            replan = items[current].replan
+            failed = len(encoded)
+            replan = items[failed].replan
             if replan is None:
                 raise ValueError(f"{error} The file is damaged.") from error
-            items[current] = replan()
+            items[failed] = replan()
 
 
 def request_sizes(
@@ -191,7 +191,28 @@ def _sizes(
                 max_visual_tokens=item.max_visual_tokens,
             )
             sizes[i] = min(sizes[i], alone, key=lambda size: size[0] * size[1])
+    _check_limits(items, settings, sizes, max_visual_tokens)
     return sizes
+
+
+def _check_limits(
+    items: list[PlannedMedia],
+    settings: list[PixelSettings],
+    sizes: list[tuple[int, int]],
+    max_visual_tokens: int | None,
+) -> None:
+    """Raises where pictures that may not be resized break a limit on visual tokens."""
+    tokens = [
+        item.num_frames * height * width // (setting.patch_size * setting.merge_size) ** 2
+        for item, setting, (height, width) in zip(items, settings, sizes, strict=True)
+    ]
+    limits = [(item.name, count, item.max_visual_tokens) for item, count in zip(items, tokens, strict=True)]
+    for name, count, limit in [*limits, ("the request", sum(tokens), max_visual_tokens)]:
+        if limit is not None and count > limit:
+            raise ValueError(
+                f"Expected {name} within max_visual_tokens={limit}, got {count} visual tokens: turn do_resize on, or "
+                "hand over smaller pictures."
+            )
 
 
 def _shift(progress: Progress | None, done: int, total: int) -> Progress | None:

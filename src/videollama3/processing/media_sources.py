@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import io
 import os
 import re
+import urllib.error
+import urllib.request
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from huggingface_hub.utils import get_session, hf_raise_for_status
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 Pixels = npt.NDArray[np.uint8]
@@ -46,7 +48,7 @@ def open_source(source: Any, *, what: str) -> str | BinaryIO:
         source = os.fspath(source)
     if isinstance(source, str):
         return _open_string(source, what)
-    if hasattr(source, "read") and hasattr(source, "seek"):
+    if hasattr(source, "read") and hasattr(source, "seek") and not isinstance(source, io.TextIOBase):
         return _nonempty(source, what)
     raise TypeError(
         f"Expected {what} as a path, URL, bytes or binary file object, got {type(source).__name__}: {source!r:.80}."
@@ -66,7 +68,7 @@ def describe(source: Any) -> str:
 def _open_string(source: str, what: str) -> str | BinaryIO:
     scheme = source.split(":", 1)[0].lower() if re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+:", source) else ""
     if scheme in ("http", "https"):
-        return _nonempty(_download(source), what)
+        return _nonempty(_download(source, what), what)
     if scheme == "data":
         return _nonempty(_decode_data_url(source, what), what)
     path = unquote(urlsplit(source).path) if scheme == "file" else os.path.expanduser(source)
@@ -77,10 +79,20 @@ def _open_string(source: str, what: str) -> str | BinaryIO:
     return path
 
 
-def _download(url: str) -> BinaryIO:
-    response = get_session().get(url, follow_redirects=True, timeout=_DOWNLOAD_TIMEOUT_SECONDS)
-    hf_raise_for_status(response)
-    return io.BytesIO(response.content)
+def _download(url: str, what: str) -> BinaryIO:
+    # Not through huggingface_hub's session: a user's media server is no Hub, and HF_HUB_OFFLINE not about it.
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "videollama3"})
+        with urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response:
+            return io.BytesIO(response.read())
+    except urllib.error.HTTPError as error:
+        error.close()
+        kind = FileNotFoundError if error.code == 404 else ValueError
+        raise kind(
+            f"Expected {what} at a URL that answers, got {describe(url)!r}: {error.code} {error.reason}."
+        ) from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ValueError(f"Expected {what} at a URL that answers, got {describe(url)!r}: {error}.") from error
 
 
 def _decode_data_url(url: str, what: str) -> BinaryIO:
@@ -88,7 +100,7 @@ def _decode_data_url(url: str, what: str) -> BinaryIO:
     if not separator or not header.endswith(";base64"):
         raise ValueError(f"Expected {what} as a base64 data URL (data:...;base64,...), got {header[:60]!r}.")
     try:
-        return io.BytesIO(base64.b64decode(payload, validate=True))
+        return io.BytesIO(base64.b64decode("".join(payload.split()), validate=True))
     except binascii.Error as error:
         raise ValueError(f"Expected {what} as valid base64, got data that is not: {error}.") from error
 
@@ -112,14 +124,14 @@ def load_picture(source: Any, *, what: str) -> Pixels:
         what: how to call it in errors.
 
     Returns:
-        uint8 (height, width, 3), 0..255. Alpha is dropped; 16-bit pictures keep their upper 8 bits; a
-        file's EXIF orientation is applied.
+        uint8 (height, width, 3), 0..255. Alpha is dropped; 16-bit pictures keep their upper 8 bits; an EXIF
+        orientation is applied.
 
     Raises:
         ValueError: when it cannot be read as a picture.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, what)
+        return _load_pil(source, source, what)
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return array_to_rgb(source, what=what)
     if isinstance(source, str) and re.fullmatch(r"[A-Za-z0-9+/\s]{200,}={0,2}", source) and not os.path.exists(source):
@@ -128,13 +140,22 @@ def load_picture(source: Any, *, what: str) -> Pixels:
     if isinstance(opened, str) and os.path.isdir(opened):
         raise ValueError(f"Expected {what} as an image file, got the folder {opened!r}.")
     try:
-        with Image.open(opened) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), what)
+        image = Image.open(opened)
     except UnidentifiedImageError as error:
         raise ValueError(f"Expected {what} as an image file, got {describe(source)!r}: format not recognised.") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"Expected {what} as a whole image file, got {describe(source)!r}: {error}.") from error
+    with image:
+        return _load_pil(image, source, what)
+
+
+def _load_pil(image: Image.Image, source: Any, what: str) -> Pixels:
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"Expected {what} as a whole image file, got {describe(source)!r}: {error}.") from error
+    return _to_rgb(upright, what)
 
 
 def _to_rgb(image: Image.Image, what: str) -> Pixels:
@@ -150,6 +171,9 @@ def _to_rgb(image: Image.Image, what: str) -> Pixels:
         return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode == "F":
         raise ValueError(f"Expected {what} with 8 or 16 bits per channel, got floating point pixels (mode F).")
+    if image.mode == "P" and "transparency" in image.info:
+        # Pillow warns when it drops a palette's transparency in one step.
+        image = image.convert("RGBA")
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -168,7 +192,11 @@ def frames_to_rgb(frames: npt.NDArray[Any] | torch.Tensor, *, what: str) -> Pixe
         what: how to call it in errors.
     """
     first = isinstance(frames, torch.Tensor)
-    values = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
+    if isinstance(frames, torch.Tensor):
+        # numpy knows no bfloat16.
+        values = (frames.float() if frames.dtype == torch.bfloat16 else frames).detach().cpu().numpy()
+    else:
+        values = np.asarray(frames)
     if values.ndim == 3:
         values = values[..., None]
     elif values.ndim == 4:
@@ -197,6 +225,8 @@ def _to_uint8(values: npt.NDArray[Any], what: str) -> Pixels:
         if low < 0 or high > 255:
             raise ValueError(f"Expected {what} as uint8 0..255 or float 0..1, got {values.dtype} from {low} to {high}.")
         return values.astype(np.uint8)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise ValueError(f"Expected {what} as uint8 0..255 or float 0..1, got dtype {values.dtype}.")
     low, high = float(values.min()), float(values.max())
     if not (low >= 0.0 and high <= 1.0):
         raise ValueError(f"Expected {what} as uint8 0..255 or float 0..1, got {values.dtype} from {low:g} to {high:g}.")

@@ -58,13 +58,15 @@ def patchify(
     previous: Pixels | None = None
     count = 0
     for count, picture in enumerate(pictures, start=1):
+        if count > num_frames:
+            break
         if picture is previous:
             patches[count - 1] = patches[count - 2]
             continue
         _cut(resize_picture(picture, height, width, resample), patches[count - 1], patch_size, merge_size)
         previous = picture
     if count != num_frames:
-        raise ValueError(f"Expected {num_frames} pictures, got {count}.")
+        raise ValueError(f"Expected {num_frames} pictures, got {'more' if count > num_frames else count}.")
     return patches.reshape(num_frames * rows * columns, -1)
 
 
@@ -138,12 +140,13 @@ def keep_mask(
     tokens = patches.reshape(num_frames, -1, merge_size**2, channels, patches.shape[1] // channels)
     keep = np.ones(tokens.shape[:2], dtype=bool)
     values_per_token = merge_size**2 * patches.shape[1]
-    slopes = (table[:, 255].astype(np.float64) - table[:, 0]) / 255
+    # Value per grey level, times 255.
+    slopes_255 = np.abs(table[:, 255].astype(np.float64) - table[:, 0])
     for frame in range(1, num_frames):
         now, before = tokens[frame], tokens[frame - 1]
         difference = np.maximum(now, before) - np.minimum(now, before)
         sums = difference.sum(axis=(1, 3), dtype=np.int64)
-        mean_abs_difference_255 = sums @ np.abs(slopes) * 255 / values_per_token
+        mean_abs_difference_255 = sums @ slopes_255 / values_per_token
         keep[frame] = mean_abs_difference_255 > threshold
         if keep[frame].sum() < min_tokens:
             keep[frame, :min_tokens] = True

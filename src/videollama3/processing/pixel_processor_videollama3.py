@@ -100,7 +100,7 @@ class VideoLlama3PixelProcessor(BaseImageProcessor):
 
     def settings(self, **overrides: Any) -> PixelSettings:
         """The settings as a record; `overrides` that are None leave the processor's own value."""
-        values = {
+        values: dict[str, Any] = {
             "patch_size": self.patch_size,
             "merge_size": self.merge_size,
             "min_tokens": self.min_tokens,

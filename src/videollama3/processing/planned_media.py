@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, Literal
 
@@ -134,6 +135,7 @@ def plan_videos(sources: Sequence[Any], options: Sequence[VideoOptions], names: 
         options: for each video.
         names: for each video, for errors.
     """
+    sources = [os.fspath(source) if isinstance(source, os.PathLike) else source for source in sources]
     planned = []
     for i, (source, option, name) in enumerate(zip(sources, options, names, strict=True)):
         check_max_frames(option.max_frames)
@@ -148,7 +150,7 @@ def plan_videos(sources: Sequence[Any], options: Sequence[VideoOptions], names: 
 
 
 def _same_but_window(one: VideoOptions, other: VideoOptions) -> bool:
-    return (one.fps, one.max_frames, one.timestamps) == (other.fps, other.max_frames, other.timestamps)
+    return (one.fps, one.max_frames) == (other.fps, other.max_frames)
 
 
 def _plan_one(source: Any, option: VideoOptions, siblings: list[VideoOptions], name: str) -> PlannedMedia:
@@ -234,7 +236,9 @@ def _check_clip(array: npt.NDArray[Any] | torch.Tensor, name: str) -> npt.NDArra
 
 def _plan_folder(folder: str, option: VideoOptions, name: str) -> PlannedMedia:
     paths = [
-        os.path.join(folder, file) for file in sorted(os.listdir(folder)) if file.lower().endswith(PICTURE_SUFFIXES)
+        os.path.join(folder, file)
+        for file in sorted(os.listdir(folder), key=_natural_order)
+        if file.lower().endswith(PICTURE_SUFFIXES)
     ]
     if not paths:
         raise ValueError(
@@ -251,7 +255,14 @@ def _plan_folder(folder: str, option: VideoOptions, name: str) -> PlannedMedia:
         end_time=option.end_time,
         by_index=True,
     )
+    inside = sampled.between(option.start_time, option.end_time)
+    sampled = inside if len(inside.indices) else sampled
     return _from_sampled_frames(paths, sampled, FOLDER_PICTURES_PER_SECOND, option, name)
+
+
+def _natural_order(file: str) -> list[tuple[int, str]]:
+    """Sorts frame2.png before frame10.png; the same as plain order where numbers have leading zeros."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file)]
 
 
 def _plan_frames(frames: Any, option: VideoOptions, name: str) -> PlannedMedia:
@@ -293,12 +304,15 @@ def _labels(
         timestamps = np.asarray(metadata["frames_indices"], dtype=np.float64) / rate
     if timestamps is None:
         return np.arange(num_frames) / rate
-    labels = np.asarray([float(value) for value in timestamps], dtype=np.float64)
-    if len(labels) != num_frames:
-        raise ValueError(f"Expected one timestamp for each of the {num_frames} frames of {name}, got {len(labels)}.")
+    if len(timestamps) != num_frames:
+        raise ValueError(f"Expected one timestamp for each of the {num_frames} frames of {name}, got {len(timestamps)}.")
+    try:
+        labels = [float(value) for value in timestamps]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected timestamps in seconds for {name}, got {list(timestamps)}.") from error
     if not all(math.isfinite(label) for label in labels):
-        raise ValueError(f"Expected finite timestamps in seconds for {name}, got {labels.tolist()}.")
-    return labels
+        raise ValueError(f"Expected finite timestamps in seconds for {name}, got {labels}.")
+    return np.array(labels, dtype=np.float64)
 
 
 def _from_sampled_frames(

@@ -213,7 +213,8 @@ class PromptTokenizer:
             if part["type"] == "video":
                 part = {**part, "num_frames": 1}
             elif "timestamp" in part:
-                part = {**part, "timestamp": np.float64(part["timestamp"])}
+                # Rounded here: templates see Python floats, which round otherwise than the authors' did.
+                part = {**part, "timestamp": float(timestamp_text(part["timestamp"]))}
             parts.append(part)
         return parts
 

@@ -47,6 +47,7 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
         kwargs: the settings of `VideoLlama3PixelProcessor`.
     """
 
+    _auto_class = "AutoVideoProcessor"
     model_input_names: ClassVar[list[str]] = [
         "pixel_values_videos",
         "video_grid_thw",

@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any, BinaryIO
 
 import av
 import av.error
+import av.stream
 import numpy as np
 import numpy.typing as npt
 
@@ -27,6 +29,8 @@ from .frame_sampling import FrameTimes, SampledFrames, sample_frames
 from .media_sources import Pixels, describe
 
 Progress = Callable[[int, int], None]
+# Demuxers that draw any text file as a video, chosen by a file name's ending.
+_TEXT_FORMATS = frozenset({"tty", "bin", "xbin", "adf", "idf"})
 
 
 class UnexpectedFrameError(RuntimeError):
@@ -153,27 +157,40 @@ def _open(source: str | BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
     if not isinstance(source, str):
         source.seek(0)
     try:
-        container = av.open(source, mode="r")
+        # A relative path with a colon would be taken for a protocol.
+        container = av.open(os.path.abspath(source) if isinstance(source, str) else source, mode="r")
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(
-            f"Expected {name} as a video file, got {describe(source)!r}, which could not be opened: {error}."
+            f"Expected {name} as a whole video file, got {describe(source)!r}, which could not be opened: "
+            f"{error.strerror}."
         ) from error
     with container:
-        if not container.streams.video:
-            kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
-            raise ValueError(
-                f"Expected {name} with a video stream, got {describe(source)!r} with {', '.join(kinds)} only."
-            )
-        stream = container.streams.video[0]
+        if container.format.name in _TEXT_FORMATS:
+            raise ValueError(f"Expected {name} as a video file, got {describe(source)!r}, which is text.")
+        stream = _video_stream(container, source, name)
         stream.thread_type = "AUTO"
         yield container, stream
+
+
+def _video_stream(container: Any, source: str | BinaryIO, name: str) -> Any:
+    """The first video stream that is not the cover picture of an audio file."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            return stream
+    kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
+    if container.streams.video:
+        kinds.append("a cover picture")
+    raise ValueError(
+        f"Expected {name} with a video stream, got {describe(source)!r}, which has {' and '.join(kinds) or 'no stream'}"
+        f"{' only' if kinds else ''}."
+    )
 
 
 def _decode(container: Any, stream: Any, name: str) -> Iterator[Any]:
     try:
         yield from container.decode(stream)
     except av.error.FFmpegError as error:
-        raise ValueError(f"Expected {name} as a whole video file, but decoding failed: {error}.") from error
+        raise ValueError(f"Expected {name} as a whole video file, but decoding failed: {error.strerror}.") from error
 
 
 def _first_frame(container: Any, stream: Any, name: str) -> Any:
@@ -192,22 +209,25 @@ def _times_by_demuxing(source: str | BinaryIO, name: str) -> FrameTimes | None:
     """Frame times from packets; None when packets cannot be trusted to be frames."""
     pts: list[int] = []
     durations: list[int] = []
+    num_packets = 0
+    trustworthy = True
+    num_whole = 0
     with _open(source, name) as (container, stream):
-        try:
-            for packet in container.demux(stream):
-                if packet.size == 0:
-                    continue
-                if packet.pts is None or packet.is_discard or packet.is_corrupt:
-                    return None
-                pts.append(packet.pts)
-                durations.append(packet.duration or 0)
-        except av.error.FFmpegError as error:
-            raise ValueError(f"Expected {name} as a whole video file, but reading failed: {error}.") from error
-        if stream.frames and len(pts) < stream.frames and _is_exactly_indexed(container):
-            raise ValueError(
-                f"Expected {name} as a whole video file, got {len(pts)} of the {stream.frames} frames that it announces: "
-                "the file is truncated."
-            )
+        for packet in _demux(container, stream, name):
+            num_packets += 1
+            num_whole += not packet.is_corrupt
+            if packet.is_discard:
+                # Outside the file's own edit list: decoded for the sake of others, never shown.
+                continue
+            if packet.pts is None or packet.is_corrupt:
+                trustworthy = False
+                continue
+            pts.append(packet.pts)
+            durations.append(packet.duration or 0)
+        if "mp4" in container.format.name.split(","):
+            _check_whole(stream, num_packets, num_whole, pts, name)
+        if not trustworthy:
+            return None
         order = np.argsort(np.array(pts, dtype=np.int64), kind="stable")
         times = np.array(pts, dtype=np.int64)[order]
         if len(times) == 0 or np.any(np.diff(times) <= 0):
@@ -215,28 +235,69 @@ def _times_by_demuxing(source: str | BinaryIO, name: str) -> FrameTimes | None:
         return _frame_times(container, stream, times, durations[int(order[-1])])
 
 
-def _is_exactly_indexed(container: Any) -> bool:
-    # mp4 and its relatives list every frame in their header.
-    return "mp4" in container.format.name.split(",")
+def _demux(container: Any, stream: Any, name: str) -> Iterator[Any]:
+    try:
+        for packet in container.demux(stream):
+            if packet.size > 0:
+                yield packet
+    except av.error.FFmpegError as error:
+        raise ValueError(f"Expected {name} as a whole video file, but reading failed: {error.strerror}.") from error
+
+
+def _check_whole(stream: Any, num_packets: int, num_whole: int, pts: list[int], name: str) -> None:
+    """Raises where an mp4 (or a relative, whose header lists every frame) breaks off."""
+    # Fewer packets than announced may also be the work of an edit list; then they fill the announced duration.
+    shown = max(pts) - (stream.start_time or 0) + _frame_period(stream) if pts else 0
+    is_short = bool(stream.duration) and shown + _frame_period(stream) <= stream.duration
+    if num_whole < num_packets or (num_packets < stream.frames and is_short):
+        raise ValueError(
+            f"Expected {name} as a whole video file, got {num_whole} of the {max(stream.frames, num_packets)} frames "
+            "that it announces: the file is truncated."
+        )
 
 
 def _times_by_decoding(source: str | BinaryIO, name: str) -> FrameTimes:
-    pts: list[int | None] = []
     duration = 0
     with _open(source, name) as (container, stream):
-        for frame in _decode(container, stream, name):
-            pts.append(frame.pts)
-            duration = getattr(frame, "duration", None) or 0
-        if not pts:
-            raise ValueError(f"Expected {name} with at least one frame, got none.")
         period = _frame_period(stream)
+        guess = _BestEffortTime()
         times: list[int] = []
-        for value in pts:
+        for frame in _decode(container, stream, name):
+            value = guess.next(frame.pts, frame.dts)
             # A missing or backward time continues from the frame before.
             previous = times[-1] if times else None
             expected = (stream.start_time or 0) if previous is None else previous + period
             times.append(expected if value is None or (previous is not None and value < previous) else value)
+            duration = getattr(frame, "duration", None) or 0
+        if not times:
+            raise ValueError(f"Expected {name} with at least one frame, got none.")
         return _frame_times(container, stream, np.array(times, dtype=np.int64), duration)
+
+
+class _BestEffortTime:
+    """ffmpeg's choice between the two times of a decoded frame, for containers that store only one.
+
+    An avi with B-frames gives presentation times that run back and forth; the decoding times, which a decoder
+    passes on in order, are then the better ones.
+    """
+
+    def __init__(self) -> None:
+        self.last_pts = self.last_dts = -math.inf
+        self.faulty_pts = self.faulty_dts = 0
+
+    def next(self, pts: int | None, dts: int | None) -> int | None:
+        """Time of the next frame, None when it has none."""
+        if dts is not None:
+            self.faulty_dts += dts <= self.last_dts
+            self.last_dts = dts
+        elif pts is not None:
+            self.last_dts = pts
+        if pts is not None:
+            self.faulty_pts += pts <= self.last_pts
+            self.last_pts = pts
+        elif dts is not None:
+            self.last_pts = dts
+        return pts if pts is not None and (dts is None or self.faulty_pts <= self.faulty_dts) else dts
 
 
 def _frame_period(stream: Any) -> int:
@@ -255,6 +316,5 @@ def _frame_times(container: Any, stream: Any, times: npt.NDArray[np.int64], last
         time_base=time_base,
         container_start_us=int(container_start_us),
         video_start_us=video_start_us,
-        duration_us=container.duration if container.duration and container.duration > 0 else None,
         average_rate=Fraction(stream.average_rate or stream.guessed_rate or 25),
     )

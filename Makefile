@@ -1,0 +1,53 @@
+# Two commands on a fresh machine with python3 and make: `make demo` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+# The oldest supported release; the newest is what pip finds.
+OLDEST_TRANSFORMERS := 5.16.1
+DEV := pytest pytest-timeout pytest-xdist hypothesis ruff mypy build
+PIP_QUIET := --quiet --disable-pip-version-check
+# Tests build tiny checkpoints: nothing is fetched from the Hub.
+TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
+
+.PHONY: demo test test-oldest test-slow check lint types package venv clean
+
+demo: $(VENV)/installed  ## encode a clip and ask about it
+	$(VENV)/bin/python examples/make_clip.py demo/clip.mp4
+	$(VENV)/bin/videollama3 inspect demo/clip.mp4 -o demo/sheet.png
+	$(VENV)/bin/videollama3 ask demo/clip.mp4 "What happens in the video?" --max-new-tokens 24
+
+test: $(VENV)/installed  ## the fast tests on the newest transformers
+	$(TEST) $(VENV)/bin/python -m pytest -n 2 -m "not slow"
+
+test-oldest: $(OLDEST)/installed  ## the fast tests on the oldest supported transformers
+	$(TEST) $(OLDEST)/bin/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/installed  ## the slow tests, once
+	$(TEST) $(VENV)/bin/python -m pytest -n 2 -m slow
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+types: $(VENV)/installed
+	$(VENV)/bin/mypy --strict src
+
+check: lint types test test-oldest test-slow  ## all that CI runs
+
+venv: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install $(PIP_QUIET) -c constraints.txt -e . $(DEV)
+	touch $@
+
+$(OLDEST)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install $(PIP_QUIET) -c constraints.txt -e . transformers==$(OLDEST_TRANSFORMERS) $(DEV)
+	touch $@
+
+package: $(VENV)/installed  ## wheel and sdist in dist/
+	$(VENV)/bin/python -m build
+
+clean:
+	rm -rf $(VENV) $(OLDEST) dist demo
