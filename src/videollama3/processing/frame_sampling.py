@@ -170,7 +170,7 @@ def sample_frames(
     kept, rel, end_rel, label_start = _trim(times, start_time, end_time)
     num_ticks = _tick(end_rel, times.time_base, rate)
     if num_ticks < 1:
-        return _middle_frames(times, kept, rel, 1, label_start)
+        return _middle_frames(times, kept, 1, label_start)
     slots = _ticks(rel, times.time_base, rate)
     # Ticks count from the start of the window, or of the container: a video that begins later than its
     # container (audio first) shows the picture of its first tick in the ticks before.
@@ -225,9 +225,9 @@ def _sample_short_window(
     """A window of less than a second: the authors' count of frames, where counting tells the time."""
     if times.is_regular:
         return _sample_by_index(times, rate, max_frames, start_time, end_time)
-    kept, rel, _, label_start = _trim(times, start_time, end_time)
+    kept, _, _, label_start = _trim(times, start_time, end_time)
     num_ticks = math.floor((end_time - start_time) * rate)
-    return _middle_frames(times, kept, rel, min(num_ticks, max_frames), label_start)
+    return _middle_frames(times, kept, min(num_ticks, max_frames), label_start)
 
 
 def _sample_by_index(
@@ -256,12 +256,13 @@ def _sample_by_index(
 
 
 def _middle_frames(
-    times: FrameTimes, kept: npt.NDArray[np.int64], rel: npt.NDArray[np.int64], count: int, label_start: float
+    times: FrameTimes, kept: npt.NDArray[np.int64], count: int, label_start: float
 ) -> SampledFrames:
     """The frames in the middle of `count` equal parts of a window, at least one, labelled with their times."""
     count = min(max(count, 1), len(kept))
     pick = (2 * np.arange(count) + 1) * len(kept) // (2 * count)
-    return SampledFrames(kept[pick], label_start + rel[pick].astype(np.float64) * float(times.time_base))
+    shown = times.pts[kept[pick]].astype(np.float64) * float(times.time_base)
+    return SampledFrames(kept[pick], np.maximum(shown, label_start))
 
 
 def _spread(
