@@ -3,7 +3,7 @@
     python benchmarks/encoder.py
 
 Both have the size of the released encoder (SigLIP so400m) with the first `--layers` of its 27 layers, fresh
-weights shared between them, and attention `sdpa`. Calls take turns in one process (A B A B); the highest memory
+weights shared between them, and attention `sdpa`. Calls take turns in one process (A B B A); the highest memory
 is taken from a process per side, above what the model and its input occupy. Outputs are compared in the same
 type, and in bfloat16 also each with our float32 output.
 """
@@ -30,7 +30,7 @@ TOY_INPUTS: dict[str, list[tuple[tuple[int, int, int], int]]] = {
     "2 frames of 4 x 6, merge 2": [((2, 4, 6), 2)],
     "3 small images, merge 1": [((1, 2, 3), 1), ((1, 4, 2), 1), ((1, 2, 3), 1)],
 }
-SIDES = {"ours": "ours", "native": "native"}
+SIDES = ("ours", "native")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -78,12 +78,15 @@ def run_case(name: str, dtype: str, setting: dict[str, Any], rounds: int) -> dic
     print(f"{name}, {dtype}", file=sys.stderr)
     spec = {**setting, "input": name, "dtype": dtype, "rounds": rounds}
     compared = common.run_fresh(__file__, {**spec, "task": "compare"})
-    memory = {side: common.run_fresh(__file__, {**spec, "task": "memory", "side": side})["peak_mib"] for side in SIDES}
+    memory: dict[str, list[float]] = {side: [] for side in SIDES}
+    for _ in range(rounds):
+        for side, peaks in memory.items():
+            peaks.append(common.run_fresh(__file__, {**spec, "task": "memory", "side": side})["peak_mib"])
     sides = {
         side: {
             "wall_seconds": common.middle(compared["wall_seconds"][side]),
             "cpu_seconds": common.middle(compared["cpu_seconds"][side]),
-            "peak_mib": common.middle([memory[side]]),
+            "peak_mib": common.middle(memory[side]),
         }
         for side in SIDES
     }
@@ -99,7 +102,7 @@ def show(cases: dict[str, Any]) -> None:
             side,
             common.spread(values["wall_seconds"]),
             common.spread(values["cpu_seconds"]),
-            f"{values['peak_mib']['median']:.0f}",
+            common.spread(values["peak_mib"], digits=0),
         ]
         for name, case in cases.items()
         for side, values in case["sides"].items()
@@ -147,8 +150,9 @@ def compare(spec: dict[str, Any]) -> dict[str, Any]:
     outputs = {side: encode(model, batch).float() for side, model in models.items()}  # also the warm-up
     wall: dict[str, list[float]] = {side: [] for side in models}
     cpu: dict[str, list[float]] = {side: [] for side in models}
-    for _ in range(spec["rounds"]):
-        for side, model in models.items():
+    for number in range(spec["rounds"]):
+        # A B, B A, ...: neither always follows the other.
+        for side, model in list(models.items())[:: 1 if number % 2 == 0 else -1]:
             wall_start, cpu_start = time.perf_counter(), common.cpu_seconds()
             encode(model, batch)
             wall[side].append(time.perf_counter() - wall_start)

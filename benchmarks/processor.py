@@ -114,7 +114,8 @@ def run_case(
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for number in range(rounds):
         print(f"\r{name}: round {number + 1} of {rounds}   ", end="", file=sys.stderr, flush=True)
-        for side in sides:
+        # A B, B A, ...: neither always follows the other.
+        for side in sides[:: 1 if number % 2 == 0 else -1]:
             spec = {
                 "side": side,
                 "kind": case["kind"],

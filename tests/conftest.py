@@ -7,11 +7,15 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import videollama3  # noqa: F401 - registers the Auto classes
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# Tiny models run fastest on one thread, and the suite runs in parallel processes.
+torch.set_num_threads(1)
 
 
 class GoldenCase:

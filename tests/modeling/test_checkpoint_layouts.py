@@ -90,7 +90,7 @@ def _assert_equal_weights(model, reference):
 # --- the official layout ---
 
 
-def test_official_names_are_all_mapped(golden_folder, golden_weights, model):
+def test_official_names_are_all_mapped(golden_folder, golden_weights):
     loaded = _load(golden_folder / "ckpt")
     weights = loaded.state_dict()
     assert len(weights) == len(golden_weights) == 67

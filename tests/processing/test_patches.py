@@ -1,10 +1,8 @@
 """Patches, the resize before them, normalisation, and the pruning mask."""
 
-import re
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.image_transforms import normalize, rescale
@@ -17,7 +15,13 @@ from videollama3.processing.patches import (
     resize_picture,
 )
 
-HALF = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+HALF = {
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
 UNEQUAL = {**HALF, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
 
 
@@ -81,10 +85,16 @@ def test_resize_equals_pillow(height, width, resample):
     assert np.array_equal(resize_picture(picture, height, width, resample), expected)
 
 
-@pytest.mark.parametrize("settings_", [HALF, UNEQUAL, {**HALF, "do_normalize": False}, {**UNEQUAL, "do_rescale": False}])
+@pytest.mark.parametrize(
+    "settings_", [HALF, UNEQUAL, {**HALF, "do_normalize": False}, {**UNEQUAL, "do_rescale": False}]
+)
 def test_normalisation_equals_transformers_for_every_grey_level(settings_):
     levels = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 3))[None]
-    expected = rescale(levels, settings_["rescale_factor"], input_data_format="channels_last") if settings_["do_rescale"] else levels
+    expected = (
+        rescale(levels, settings_["rescale_factor"], input_data_format="channels_last")
+        if settings_["do_rescale"]
+        else levels
+    )
     if settings_["do_normalize"]:
         mean, std = settings_["image_mean"], settings_["image_std"]
         expected = normalize(expected.astype(np.float32), mean, std, input_data_format="channels_last")
@@ -120,9 +130,7 @@ def naive_keep_mask(patches, num_frames, merge_size, table, threshold, min_token
         columns = slice(channel * size, (channel + 1) * size)
         values[:, columns] = table[channel].astype(np.float64)[patches[:, columns]]
     tokens = values.reshape(num_frames, -1, merge_size**2 * patches.shape[1])
-    differences = [
-        np.abs(tokens[frame] - tokens[frame - 1]).mean(axis=1) * 255 for frame in range(1, num_frames)
-    ]
+    differences = [np.abs(tokens[frame] - tokens[frame - 1]).mean(axis=1) * 255 for frame in range(1, num_frames)]
     keep = [np.ones(tokens.shape[1], dtype=bool)]
     for difference in differences:
         kept = difference > threshold
@@ -132,7 +140,7 @@ def naive_keep_mask(patches, num_frames, merge_size, table, threshold, min_token
     return np.concatenate(keep), np.concatenate([np.full(tokens.shape[1], np.inf), *differences])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10_000),
     num_frames=st.integers(1, 5),
@@ -142,7 +150,9 @@ def naive_keep_mask(patches, num_frames, merge_size, table, threshold, min_token
     min_tokens=st.integers(0, 3),
     table_settings=st.sampled_from([HALF, UNEQUAL]),
 )
-def test_keep_mask_against_the_rule_in_float64(seed, num_frames, merge_size, level, threshold, min_tokens, table_settings):
+def test_keep_mask_against_the_rule_in_float64(
+    seed, num_frames, merge_size, level, threshold, min_tokens, table_settings
+):
     rng = np.random.default_rng(seed)
     tokens, values = 6, 12
     patches = np.repeat(rng.integers(0, 250, (1, tokens * merge_size**2, values), dtype=np.uint8), num_frames, axis=0)
@@ -157,13 +167,10 @@ def test_keep_mask_against_the_rule_in_float64(seed, num_frames, merge_size, lev
     }
     expected, difference = naive_keep_mask(patches, **arguments)
     got = keep_mask(patches, **arguments)
-    # The float32 table bends each grey step by up to 1e-7 of the range, so a token within 1e-4 of the
-    # threshold may fall on either side of the reference; one grey level in one value of a token is 0.04.
-    clear = np.abs(difference - threshold) > 1e-4
-    forced = np.zeros_like(clear) if min_tokens == 0 else got != expected
-    assert np.array_equal(got[clear & ~forced], expected[clear & ~forced])
-    if np.all(clear):
-        assert np.array_equal(got, expected)
+    # The float32 table bends each grey step by up to 1e-7 of the range, so a token within 1e-4 of the threshold
+    # may fall on either side in the reference; one grey level in one value of a token is 0.04 or more.
+    assume(np.all((np.abs(difference - threshold) > 1e-4) | (difference == 0)))
+    assert got.tolist() == expected.tolist()
 
 
 def frames_with_steps(steps, values=20):
@@ -175,7 +182,13 @@ def test_the_threshold_itself_is_not_enough():
     # With mean and std 0.5 a grey level is 2 units, exactly; the mask compares with >.
     table = normalization_table(**HALF)
     patches = np.repeat(frames_with_steps([1, 2, 3]), 2, axis=0)  # two tokens per frame
-    for threshold, kept in [(1.99, [1, 1, 1]), (2.0, [0, 1, 1]), (2.01, [0, 1, 1]), (4.0, [0, 0, 1]), (6.0, [0, 0, 0])]:
+    for threshold, kept in [
+        (1.99, [1, 1, 1]),
+        (2.0, [0, 1, 1]),
+        (2.01, [0, 1, 1]),
+        (4.0, [0, 0, 1]),
+        (6.0, [0, 0, 0]),
+    ]:
         mask = keep_mask(patches, num_frames=4, merge_size=1, table=table, threshold=threshold, min_tokens=0)
         assert mask.tolist() == [True, True, *np.repeat(np.array(kept, bool), 2)], threshold
 
@@ -224,8 +237,15 @@ def test_the_comparison_is_with_the_previous_frame():
 def test_darker_counts_as_much_as_brighter():
     table = normalization_table(**HALF)
     patches = frames_with_steps([100, 100])[::-1].copy()
-    assert keep_mask(patches, num_frames=3, merge_size=1, table=table, threshold=199.9, min_tokens=0).tolist() == [True] * 3
-    assert keep_mask(patches, num_frames=3, merge_size=1, table=table, threshold=200, min_tokens=0).tolist() == [True, False, False]
+    assert (
+        keep_mask(patches, num_frames=3, merge_size=1, table=table, threshold=199.9, min_tokens=0).tolist()
+        == [True] * 3
+    )
+    assert keep_mask(patches, num_frames=3, merge_size=1, table=table, threshold=200, min_tokens=0).tolist() == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_channels_weigh_by_their_own_std():
@@ -237,4 +257,3 @@ def test_channels_weigh_by_their_own_std():
     arguments = {"num_frames": 2, "merge_size": 1, "table": table, "min_tokens": 0}
     kept = [keep_mask(patches.reshape(6, 12), threshold=t, **arguments)[3:].tolist() for t in (9.9, 10.1, 20.1, 40.1)]
     assert kept == [[True, True, True], [True, True, False], [False, True, False], [False, False, False]]
-    assert re.match("float32", str(table.dtype))

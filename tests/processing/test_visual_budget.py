@@ -42,7 +42,7 @@ def test_official_sizes():
         if (sizes := [list(size) for size in target_sizes(_items(record))]) != record["target_hw"]
     ]
     # A picture one pixel high is taken for its own transpose by the authors (a guess at the channel axis).
-    assert differ == [([["image", 1, 400]], [[14, 658]])]
+    assert differ == [([["image", 1, 400]], [[14, 406]])]
 
 
 def test_a_thin_picture_is_not_lost():
@@ -93,7 +93,7 @@ ITEMS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(ITEMS, st.integers(0, 3000))
 def test_max_visual_tokens_is_a_promise(items, spare):
     limit = sum(item.num_frames for item in items) + spare
@@ -101,7 +101,7 @@ def test_max_visual_tokens_is_a_promise(items, spare):
     assert sum(num_tokens(items, sizes)) <= limit
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(ITEMS)
 def test_the_tightest_limit_gives_one_token_per_picture(items):
     limit = sum(item.num_frames for item in items)
@@ -114,9 +114,7 @@ def test_no_items():
 
 
 def test_a_limit_below_one_token_per_picture():
-    message = (
-        "Expected max_visual_tokens of at least 13, one for each picture of the request, got 12: raise it, or lower max_frames."
-    )
+    message = "Expected max_visual_tokens of at least 13, one for each picture of the request, got 12: raise it, or lower max_frames."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         target_sizes([ItemSize(12, 90, 160, 2), ItemSize(1, 40, 30, 1)], max_visual_tokens=12)
 

@@ -105,7 +105,9 @@ class VideoLlama3VisionConfig(PreTrainedConfig):
             )
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads `config.json` of an encoder or of a whole model, in any layout."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         config = to_plugin_config(config)
@@ -167,7 +169,9 @@ class VideoLlama3Config(PreTrainedConfig):
         super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads `config.json` in any layout and translates it."""
         options = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if kwargs.get(name) is not None}
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)

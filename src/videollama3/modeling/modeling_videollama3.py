@@ -161,9 +161,7 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             `pooler_output`: a list, one (kept tokens, language width) tensor per video;
             `last_hidden_state`: (kept tokens of all videos, encoder width).
         """
-        return self._visual_features(
-            pixel_values_videos, video_grid_thw, video_merge_sizes, video_compression_mask
-        )
+        return self._visual_features(pixel_values_videos, video_grid_thw, video_merge_sizes, video_compression_mask)
 
     def _visual_features(
         self,
@@ -452,15 +450,32 @@ class VideoLlama3ForCausalLM(VideoLlama3PreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """Media go in with the prompt only; once the cache holds it, later steps need none."""
+        """Media go in with the prompt only; once the cache holds it, later steps need none.
+
+        The arguments are transformers' own, which looks for some of these names in the signature.
+        """
         # Chunked prefill of older transformers and assistants announce no first iteration: without this, the
         # media would be dropped and placeholders read as text.
-        cache = kwargs.get("past_key_values")
-        is_first_iteration = is_first_iteration or (cache is not None and cache.get_seq_length() == 0)
+        is_first_iteration = is_first_iteration or (
+            past_key_values is not None and past_key_values.get_seq_length() == 0
+        )
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in (*MEDIA_INPUTS, "media_expand_size"):

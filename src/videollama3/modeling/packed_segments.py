@@ -65,9 +65,7 @@ def read_grids(grid_thw: torch.Tensor, merge_sizes: torch.Tensor) -> list[Grid]:
             f"Expected one merge size for each of {grid_thw.shape[0]} items, got shape {tuple(merge_sizes.shape)}."
         )
     grids = []
-    for item, ((frames, height, width), merge) in enumerate(
-        zip(grid_thw.tolist(), merge_sizes.tolist(), strict=True)
-    ):
+    for item, ((frames, height, width), merge) in enumerate(zip(grid_thw.tolist(), merge_sizes.tolist(), strict=True)):
         if min(frames, height, width, merge) < 1 or height % merge or width % merge:
             raise ValueError(
                 f"Expected item {item} to have a positive grid that is a multiple of its merge size, "

@@ -29,9 +29,7 @@ from .pretrained_videollama3 import VideoLlama3PreTrainedModel
 MAX_PATCHES_PER_CHUNK = 16384
 
 
-def rotary_table(
-    row_column: torch.Tensor, *, head_dim: int, rope_theta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_table(row_column: torch.Tensor, *, head_dim: int, rope_theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of the 2D rotary embedding, in float32.
 
     The first half of the rotary pairs turns with the row, the second half with the column.

@@ -255,9 +255,7 @@ def _sample_by_index(
     return inside if len(inside.indices) else sampled.only(-1 if start_time is not None else 0)
 
 
-def _middle_frames(
-    times: FrameTimes, kept: npt.NDArray[np.int64], count: int, label_start: float
-) -> SampledFrames:
+def _middle_frames(times: FrameTimes, kept: npt.NDArray[np.int64], count: int, label_start: float) -> SampledFrames:
     """The frames in the middle of `count` equal parts of a window, at least one, labelled with their times."""
     count = min(max(count, 1), len(kept))
     pick = (2 * np.arange(count) + 1) * len(kept) // (2 * count)

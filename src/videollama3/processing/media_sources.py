@@ -134,7 +134,11 @@ def load_picture(source: Any, *, what: str) -> Pixels:
         return _load_pil(source, source, what)
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return array_to_rgb(source, what=what)
-    if isinstance(source, str) and re.fullmatch(r"[A-Za-z0-9+/\s]{200,}={0,2}", source) and not os.path.exists(source):
+    if (
+        isinstance(source, str)
+        and re.fullmatch(r"[A-Za-z0-9+/\s]{200,}={0,2}\s*", source)
+        and not os.path.exists(source)
+    ):
         source = f"data:;base64,{''.join(source.split())}"
     opened = open_source(source, what=what)
     if isinstance(opened, str) and os.path.isdir(opened):
@@ -142,7 +146,9 @@ def load_picture(source: Any, *, what: str) -> Pixels:
     try:
         image = Image.open(opened)
     except UnidentifiedImageError as error:
-        raise ValueError(f"Expected {what} as an image file, got {describe(source)!r}: format not recognised.") from error
+        raise ValueError(
+            f"Expected {what} as an image file, got {describe(source)!r}: format not recognised."
+        ) from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"Expected {what} as a whole image file, got {describe(source)!r}: {error}.") from error
     with image:
@@ -204,9 +210,13 @@ def frames_to_rgb(frames: npt.NDArray[Any] | torch.Tensor, *, what: str) -> Pixe
         if is_first and (first or not is_last):
             values = values.transpose(0, 2, 3, 1)
         elif not is_last:
-            raise ValueError(f"Expected {what} with 1, 3 or 4 channels first or last, got shape {tuple(frames.shape[1:])}.")
+            raise ValueError(
+                f"Expected {what} with 1, 3 or 4 channels first or last, got shape {tuple(frames.shape[1:])}."
+            )
     else:
-        raise ValueError(f"Expected {what} as (height, width[, channels]) pictures, got shape {tuple(frames.shape[1:])}.")
+        raise ValueError(
+            f"Expected {what} as (height, width[, channels]) pictures, got shape {tuple(frames.shape[1:])}."
+        )
     if 0 in values.shape:
         raise ValueError(f"Expected {what} with at least one frame and one pixel, got shape {tuple(frames.shape)}.")
     values = values[..., :3]
@@ -223,11 +233,15 @@ def _to_uint8(values: npt.NDArray[Any], what: str) -> Pixels:
     if np.issubdtype(values.dtype, np.integer):
         low, high = values.min(), values.max()
         if low < 0 or high > 255:
-            raise ValueError(f"Expected {what} as uint8 0..255 or float 0..1, got {values.dtype} from {low} to {high}.")
+            raise ValueError(
+                f"Expected {what} as uint8 0..255 or float 0..1, got {values.dtype} from {low} to {high}."
+            )
         return values.astype(np.uint8)
     if not np.issubdtype(values.dtype, np.floating):
         raise ValueError(f"Expected {what} as uint8 0..255 or float 0..1, got dtype {values.dtype}.")
     low, high = float(values.min()), float(values.max())
     if not (low >= 0.0 and high <= 1.0):
-        raise ValueError(f"Expected {what} as uint8 0..255 or float 0..1, got {values.dtype} from {low:g} to {high:g}.")
+        raise ValueError(
+            f"Expected {what} as uint8 0..255 or float 0..1, got {values.dtype} from {low:g} to {high:g}."
+        )
     return np.rint(values * 255.0).astype(np.uint8)

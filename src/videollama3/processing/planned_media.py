@@ -114,7 +114,9 @@ def is_frame_list(value: Any) -> bool:
         return False
     if all(is_frame(frame) for frame in value):
         return True
-    return len(value) > 1 and all(isinstance(frame, str) and frame.lower().endswith(PICTURE_SUFFIXES) for frame in value)
+    return len(value) > 1 and all(
+        isinstance(frame, str) and frame.lower().endswith(PICTURE_SUFFIXES) for frame in value
+    )
 
 
 def plan_image(source: Any, *, name: str) -> PlannedMedia:
@@ -166,7 +168,9 @@ def _plan_one(source: Any, option: VideoOptions, siblings: list[VideoOptions], n
     if isinstance(opened, str) and os.path.isdir(opened):
         return _plan_folder(opened, option, name)
     if option.timestamps is not None or option.metadata is not None:
-        raise ValueError(f"Expected timestamps or video_metadata only with frames, got them with the file {describe(source)!r}.")
+        raise ValueError(
+            f"Expected timestamps or video_metadata only with frames, got them with the file {describe(source)!r}."
+        )
     return _plan_file(opened, option, siblings, name)
 
 
@@ -305,7 +309,9 @@ def _labels(
     if timestamps is None:
         return np.arange(num_frames) / rate
     if len(timestamps) != num_frames:
-        raise ValueError(f"Expected one timestamp for each of the {num_frames} frames of {name}, got {len(timestamps)}.")
+        raise ValueError(
+            f"Expected one timestamp for each of the {num_frames} frames of {name}, got {len(timestamps)}."
+        )
     try:
         labels = [float(value) for value in timestamps]
     except (TypeError, ValueError) as error:

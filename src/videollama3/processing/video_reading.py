@@ -139,7 +139,9 @@ def read_frames(plan: VideoPlan, progress: Progress | None = None) -> Iterator[P
                 frame = next(frames, None)
                 index += 1
                 if frame is None:
-                    raise UnexpectedFrameError(f"{plan.name}: frame {wanted} of {len(plan.times.pts)} could not be decoded.")
+                    raise UnexpectedFrameError(
+                        f"{plan.name}: frame {wanted} of {len(plan.times.pts)} could not be decoded."
+                    )
                 if not plan.by_decoding and frame.pts != plan.times.pts[index]:
                     raise UnexpectedFrameError(
                         f"{plan.name}: frame {index} has time {frame.pts}, its packet said {plan.times.pts[index]}."
@@ -180,10 +182,8 @@ def _video_stream(container: Any, source: str | BinaryIO, name: str) -> Any:
     kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
     if container.streams.video:
         kinds.append("a cover picture")
-    raise ValueError(
-        f"Expected {name} with a video stream, got {describe(source)!r}, which has {' and '.join(kinds) or 'no stream'}"
-        f"{' only' if kinds else ''}."
-    )
+    found = f"{' and '.join(kinds)} only" if kinds else "no stream"
+    raise ValueError(f"Expected {name} with a video stream, got {describe(source)!r}, which has {found}.")
 
 
 def _decode(container: Any, stream: Any, name: str) -> Iterator[Any]:

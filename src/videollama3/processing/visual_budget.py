@@ -70,9 +70,7 @@ def target_sizes(
     return _shrink_to(items, sizes, patch_size, max_visual_tokens)
 
 
-def _official_sizes(
-    items: list[ItemSize], patch_size: int, min_tokens: int, max_tokens: int
-) -> list[tuple[int, int]]:
+def _official_sizes(items: list[ItemSize], patch_size: int, min_tokens: int, max_tokens: int) -> list[tuple[int, int]]:
     if len({item.merge for item in items}) == 1:
         num_frames = sum(item.num_frames for item in items)
         factor = patch_size * items[0].merge
@@ -85,7 +83,10 @@ def _official_sizes(
     if total > max_tokens:
         beta = math.sqrt(total / max_tokens)
         return [
-            (_at_least_one(item.height / beta, factor, floor=True), _at_least_one(item.width / beta, factor, floor=True))
+            (
+                _at_least_one(item.height / beta, factor, floor=True),
+                _at_least_one(item.width / beta, factor, floor=True),
+            )
             for item, factor in zip(items, factors, strict=True)
         ]
     return [

@@ -1,0 +1,183 @@
+"""Decoding only what chosen frames need: seek to their groups of pictures, skip what nothing depends on.
+
+The packets of a stream and the times of chosen frames enter, decoded frames leave in order of presentation.
+Opening files and turning frames into pictures is left to `video_reading.py`.
+
+A frame depends on packets between the last keyframe at or before it and its own packet, in file order; inside
+that span, frames that no other refers to can be left out. For a stream whose packets in file order are
+
+    I0 P3 B1 B2 | I4 P7 B5 B6 | I8 ...        (numbers are presentation times, B frames refer to none)
+
+and chosen frames 2 and 7, the packets I0 P3 B2 and I4 P7 are decoded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# Codecs in which "refers to none" is told by each frame itself; in others a frame marked so may still be
+# referred to by a higher temporal layer.
+_CODECS_WITH_SKIPPABLE_FRAMES = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video"})
+# Passing over this many packets costs about as much as a seek.
+_PACKETS_WORTH_A_SEEK = 50
+
+
+class DecodingError(Exception):
+    """A span did not give the frames that its packets announced: decode the stream from its start."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PacketTable:
+    """Packets of one video stream, in file order.
+
+    Attributes:
+        pts: int64 (packets,), presentation times in units of the stream's time base.
+        dts: int64 (packets,), decoding times; equal to `pts` where the container has none.
+        is_keyframe: bool (packets,).
+    """
+
+    pts: npt.NDArray[np.int64]
+    dts: npt.NDArray[np.int64]
+    is_keyframe: npt.NDArray[np.bool_]
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Packets to decode in one go.
+
+    Attributes:
+        first: index of a keyframe packet.
+        last: index of the last packet needed.
+        wanted: presentation times of the chosen frames among them.
+    """
+
+    first: int
+    last: int
+    wanted: frozenset[int]
+
+
+def plan_spans(table: PacketTable, wanted: Sequence[int]) -> list[Span]:
+    """Finds the packets that chosen frames depend on.
+
+    Args:
+        table: all packets, with unique presentation times.
+        wanted: presentation times of the chosen frames, ascending.
+
+    Returns:
+        Spans in file order that do not overlap; spans that touch are one.
+    """
+    position = {int(pts): index for index, pts in enumerate(table.pts)}
+    keyframes = np.flatnonzero(table.is_keyframe)
+    spans: list[Span] = []
+    for pts in wanted:
+        index = position[int(pts)]
+        first = _start(table, keyframes, index)
+        if spans and first <= spans[-1].last + 1:
+            spans[-1] = Span(spans[-1].first, max(spans[-1].last, index), spans[-1].wanted | {int(pts)})
+        else:
+            spans.append(Span(first, index, frozenset({int(pts)})))
+    return spans
+
+
+def _start(table: PacketTable, keyframes: npt.NDArray[np.int64], index: int) -> int:
+    """The last keyframe at or before a packet, both in file order and in time; 0 where there is none."""
+    candidate = int(np.searchsorted(keyframes, index, side="right")) - 1
+    while candidate >= 0 and table.pts[keyframes[candidate]] > table.pts[index]:
+        # A frame shown before the keyframe that it follows in the file refers to the group before.
+        candidate -= 1
+    return int(keyframes[candidate]) if candidate >= 0 else 0
+
+
+def decode_spans(container: Any, stream: Any, table: PacketTable, spans: Sequence[Span]) -> Iterator[Any]:
+    """Decodes the chosen frames.
+
+    Args:
+        container: an opened PyAV container at its start.
+        stream: its video stream.
+        table: the stream's packets.
+        spans: from `plan_spans`.
+
+    Yields:
+        The chosen frames in order of presentation.
+
+    Raises:
+        DecodingError: when packets or frames are not those of the table; frames yielded so far are right.
+    """
+    codec = stream.codec_context
+    can_skip = codec.name in _CODECS_WITH_SKIPPABLE_FRAMES
+    packets = _Packets(container, stream, table)
+    for number, span in enumerate(spans):
+        if number:
+            codec.flush_buffers()
+        pending = sorted(span.wanted, reverse=True)
+        found: dict[int, Any] = {}
+        for index, packet in packets.between(span.first, span.last):
+            if can_skip:
+                codec.skip_frame = "DEFAULT" if int(table.pts[index]) in span.wanted else "NONREF"
+            _collect(codec.decode(packet), span.wanted, found)
+            while pending and pending[-1] in found:
+                yield found.pop(pending.pop())
+        _collect(codec.decode(None), span.wanted, found)
+        while pending and pending[-1] in found:
+            yield found.pop(pending.pop())
+        if pending:
+            raise DecodingError(f"the frame at {pending[-1]} did not come out of its group of pictures")
+
+
+def _collect(frames: Sequence[Any], wanted: frozenset[int], found: dict[int, Any]) -> None:
+    for frame in frames:
+        if frame.pts in wanted:
+            if frame.is_corrupt:
+                raise DecodingError(f"the frame at {frame.pts} came out damaged after a seek")
+            found[frame.pts] = frame
+
+
+class _Packets:
+    """Walks through a stream's packets by their index in the table, seeking where that saves reading."""
+
+    def __init__(self, container: Any, stream: Any, table: PacketTable) -> None:
+        self._container = container
+        self._stream = stream
+        self._table = table
+        self._position = {
+            (int(pts), int(dts)): index for index, (pts, dts) in enumerate(zip(table.pts, table.dts, strict=True))
+        }
+        self._next = 0
+        self._demuxed = container.demux(stream)
+
+    def between(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
+        """Packets `first` to `last`, both included.
+
+        Raises:
+            DecodingError: when the container gives other packets.
+        """
+        if first - self._next >= _PACKETS_WORTH_A_SEEK:
+            self._seek(first)
+        while self._next <= last:
+            packet = next(self._demuxed, None)
+            if packet is None or packet.size == 0:
+                raise DecodingError(f"packet {self._next} of {len(self._table.pts)} was not there on a second reading")
+            index = self._index(packet)
+            if index > self._next and index > first:
+                raise DecodingError(f"packet {index} came where packet {self._next} was expected")
+            self._next = index + 1
+            if index >= first:
+                yield index, packet
+
+    def _seek(self, first: int) -> None:
+        self._container.seek(int(self._table.dts[first]), stream=self._stream, backward=True, any_frame=False)
+        self._demuxed = self._container.demux(self._stream)
+        # Where the seek has landed shows with the first packet; anything up to `first` is right.
+        self._next = first
+
+    def _index(self, packet: Any) -> int:
+        dts = packet.pts if packet.dts is None else packet.dts
+        index = self._position.get((packet.pts, dts))
+        if index is None:
+            raise DecodingError(f"a packet with times {packet.pts}, {packet.dts} was not there on the first reading")
+        return index
