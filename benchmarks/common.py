@@ -111,7 +111,9 @@ def run_fresh(script: str, spec: Mapping[str, Any]) -> dict[str, Any]:
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     if done.returncode != 0:
-        raise RuntimeError(f"Expected worker {dict(spec)} to succeed, got exit status {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"Expected worker {dict(spec)} to succeed, got exit status {done.returncode}:\n{done.stderr[-2000:]}"
+        )
     answer_line: str = done.stdout.strip().splitlines()[-1]
     return json.loads(answer_line)  # type: ignore[no-any-return]
 

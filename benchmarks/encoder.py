@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--attention", default="sdpa", help="attn_implementation of both (default sdpa)")
     options = parser.parse_args()
     if options.worker:
-        return work(json.loads(options.worker))
+        work(json.loads(options.worker))
+        return
     environment = common.environment()
     layers = options.layers or (4 if options.device == "cpu" else 27)
     setting = {
@@ -53,9 +54,7 @@ def main() -> None:
     print(f"{setting['layers']} of 27 layers, device {options.device}, attention {options.attention}")
     rounds = 1 if options.toy else options.rounds
     cases = {
-        f"{name}, {dtype}": run_case(name, dtype, setting, rounds)
-        for name in inputs_of(setting)
-        for dtype in DTYPES
+        f"{name}, {dtype}": run_case(name, dtype, setting, rounds) for name in inputs_of(setting) for dtype in DTYPES
     }
     print()
     show(cases)
@@ -91,7 +90,11 @@ def run_case(name: str, dtype: str, setting: dict[str, Any], rounds: int) -> dic
         for side in SIDES
     }
     ratios = {figure: common.ratio(values, sides["native"][figure]) for figure, values in sides["ours"].items()}
-    return {"sides": sides, "ratios": ratios, **{key: compared[key] for key in ("patches", "torch_threads", "differences")}}
+    return {
+        "sides": sides,
+        "ratios": ratios,
+        **{key: compared[key] for key in ("patches", "torch_threads", "differences")},
+    }
 
 
 def show(cases: dict[str, Any]) -> None:

@@ -59,10 +59,11 @@ HALF = [0.5, 0.5, 0.5]
 def main() -> None:
     parser = common.common_parser(__doc__ or "", rounds=5)
     parser.add_argument("--repeats", type=int, default=3, help="timed calls per process (default 3)")
-    parser.add_argument("--decoder", choices=("torchcodec", "pyav"), help="the peer's decoder (default: fastest there)")
+    parser.add_argument("--decoder", choices=("torchcodec", "pyav"), help="the peer's (default: fastest there)")
     options = parser.parse_args()
     if options.worker:
-        return work(json.loads(options.worker))
+        work(json.loads(options.worker))
+        return
     environment = common.environment()
     peer = common.run_fresh(__file__, {"probe": True})
     decoder = options.decoder or ("torchcodec" if peer["torchcodec"] is None else "pyav")
@@ -89,8 +90,8 @@ def say_what_is_missing(peer: dict[str, Any], decoder: str) -> list[str]:
     notes = []
     if peer["torchvision"] is not None:
         notes.append(
-            f"torchvision cannot be imported ({peer['torchvision']}), so transformers' video processor cannot be built: "
-            "of the peer only decoding with PyAV and its image processor for Pillow are measured."
+            f"torchvision cannot be imported ({peer['torchvision']}), so transformers' video processor cannot be "
+            "built: of the peer only decoding with PyAV and its image processor for Pillow are measured."
         )
     elif decoder == "pyav":
         notes.append(f"The peer decodes with PyAV (torchcodec: {peer['torchcodec'] or 'not asked for'}).")
@@ -189,7 +190,8 @@ def make_media(case: dict[str, Any]) -> list[Path]:
 def work(spec: dict[str, Any]) -> None:
     """One process of one side: sets up, warms up, measures, answers."""
     if spec.get("probe"):
-        return common.answer({"torchvision": import_torchvision(), "torchcodec": import_torchcodec()})
+        common.answer({"torchvision": import_torchvision(), "torchcodec": import_torchcodec()})
+        return
     # On every side: transformers itself imports torchvision where it is installed.
     import_torchvision()
     call = SETUPS[spec["side"]](spec)
@@ -237,6 +239,7 @@ def set_up_ours_uint8(spec: Spec) -> Call:
 
 def set_up_ours_decoding(spec: Spec) -> Call:
     import numpy as np
+
     from videollama3.processing.video_reading import plan_video, read_frames
 
     def call(paths: list[str]) -> Any:
@@ -266,7 +269,11 @@ def set_up_native(spec: Spec) -> Call:
 
     def call(paths: list[str]) -> Any:
         loaded = [
-            load_video(path, backend="pyav", sample_indices_fn=lambda metadata, **_: processor.sample_frames(metadata, **sampling))
+            load_video(
+                path,
+                backend="pyav",
+                sample_indices_fn=lambda metadata, **_: processor.sample_frames(metadata, **sampling),
+            )
             for path in paths
         ]
         return processor(

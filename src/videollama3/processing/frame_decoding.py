@@ -14,9 +14,11 @@ and chosen frames 2 and 7, the packets I0 P3 B2 and I4 P7 are decoded.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import av.error
 import numpy as np
 import numpy.typing as npt
 
@@ -116,25 +118,39 @@ def decode_spans(container: Any, stream: Any, table: PacketTable, spans: Sequenc
             codec.flush_buffers()
         pending = sorted(span.wanted, reverse=True)
         found: dict[int, Any] = {}
+        last = -math.inf
         for index, packet in packets.between(span.first, span.last):
             if can_skip:
                 codec.skip_frame = "DEFAULT" if int(table.pts[index]) in span.wanted else "NONREF"
-            _collect(codec.decode(packet), span.wanted, found)
+            last = _collect(_decode(codec, packet), span.wanted, found, last)
             while pending and pending[-1] in found:
                 yield found.pop(pending.pop())
-        _collect(codec.decode(None), span.wanted, found)
+        _collect(_decode(codec, None), span.wanted, found, last)
         while pending and pending[-1] in found:
             yield found.pop(pending.pop())
         if pending:
             raise DecodingError(f"the frame at {pending[-1]} did not come out of its group of pictures")
 
 
-def _collect(frames: Sequence[Any], wanted: frozenset[int], found: dict[int, Any]) -> None:
+def _decode(codec: Any, packet: Any) -> Sequence[Any]:
+    try:
+        frames: Sequence[Any] = codec.decode(packet)
+    except av.error.FFmpegError as error:
+        raise DecodingError(f"decoding failed: {error}") from error
+    return frames
+
+
+def _collect(frames: Sequence[Any], wanted: frozenset[int], found: dict[int, Any], last: float) -> float:
+    """Keeps the wanted ones among decoded frames; returns the time of the latest, which must ascend."""
     for frame in frames:
+        if frame.pts is None or frame.pts <= last:
+            raise DecodingError(f"a frame of time {frame.pts} came after one of time {last}")
+        last = frame.pts
         if frame.pts in wanted:
             if frame.is_corrupt:
                 raise DecodingError(f"the frame at {frame.pts} came out damaged after a seek")
             found[frame.pts] = frame
+    return last
 
 
 class _Packets:
@@ -159,7 +175,7 @@ class _Packets:
         if first - self._next >= _PACKETS_WORTH_A_SEEK:
             self._seek(first)
         while self._next <= last:
-            packet = next(self._demuxed, None)
+            packet = self._read()
             if packet is None or packet.size == 0:
                 raise DecodingError(f"packet {self._next} of {len(self._table.pts)} was not there on a second reading")
             index = self._index(packet)
@@ -169,8 +185,17 @@ class _Packets:
             if index >= first:
                 yield index, packet
 
+    def _read(self) -> Any:
+        try:
+            return next(self._demuxed, None)
+        except av.error.FFmpegError as error:
+            raise DecodingError(f"reading failed: {error}") from error
+
     def _seek(self, first: int) -> None:
-        self._container.seek(int(self._table.dts[first]), stream=self._stream, backward=True, any_frame=False)
+        try:
+            self._container.seek(int(self._table.dts[first]), stream=self._stream, backward=True, any_frame=False)
+        except av.error.FFmpegError as error:
+            raise DecodingError(f"seeking failed: {error}") from error
         self._demuxed = self._container.demux(self._stream)
         # Where the seek has landed shows with the first packet; anything up to `first` is right.
         self._next = first

@@ -1,0 +1,160 @@
+"""Opening a video file safely: its stream, its packets and its frames, under limits.
+
+A path or byte stream of unknown content enters, PyAV objects leave, and every failure is one `ValueError` that
+names the video. What packets and frames mean is left to `frame_timing.py` and `frame_decoding.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import av
+import av.error
+import av.stream
+import torch.utils.data
+
+from .media_sources import describe
+
+# Demuxers that draw any text file as a video, chosen by a file name's ending.
+_TEXT_FORMATS = frozenset({"tty", "bin", "xbin", "adf", "idf"})
+# Demuxers whose files name other files.
+_PLAYLIST_FORMATS = frozenset({"hls", "hls,applehttp", "concat", "dash", "imf"})
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadingLimits:
+    """What reading one video may cost before it is refused.
+
+    Attributes:
+        max_seconds: time for opening, and again for decoding, on the clock.
+        max_pixels: of one frame.
+        max_duration_seconds: from its first frame to the end of its last.
+    """
+
+    max_seconds: float = 3600.0
+    max_pixels: int = 8192 * 8192
+    max_duration_seconds: float = 48 * 3600.0
+
+
+class Deadline:
+    """A point in time after which work on a video stops.
+
+    Args:
+        seconds: from now.
+        name: how to call the video in the error.
+    """
+
+    def __init__(self, seconds: float, name: str) -> None:
+        self._seconds = seconds
+        self._name = name
+        self._end = time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raises TimeoutError when the time is over."""
+        if time.monotonic() > self._end:
+            raise TimeoutError(
+                f"Expected to read {self._name} within {self._seconds:g} seconds, which are over: the file is damaged, "
+                "or the limit (`max_read_seconds`) too low for it."
+            )
+
+
+@contextlib.contextmanager
+def open_video(
+    source: str | BinaryIO, *, name: str, limits: ReadingLimits, whole_speed: bool = False
+) -> Iterator[tuple[Any, Any]]:
+    """Opens a video and finds its stream.
+
+    Args:
+        source: local path or seekable stream.
+        name: how to call it in errors.
+        limits: what it may cost.
+        whole_speed: decode on all processors, which costs time at the start; in a worker process of a
+            dataloader always on one.
+
+    Yields:
+        The PyAV container and its video stream.
+
+    Raises:
+        ValueError: when it is no video that can be read.
+    """
+    if not isinstance(source, str):
+        source.seek(0)
+    try:
+        container = av.open(
+            # A relative path with a colon would be taken for a protocol.
+            os.path.abspath(source) if isinstance(source, str) else source,
+            mode="r",
+            # A crafted file may name others: no protocol but the one that the file itself is read by.
+            options={"protocol_whitelist": "file" if isinstance(source, str) else "none"},
+            timeout=(limits.max_seconds, limits.max_seconds),
+        )
+    except (av.error.FFmpegError, OSError) as error:
+        raise ValueError(
+            f"Expected {name} as a whole video file, got {describe(source)!r}, which could not be opened: "
+            f"{error.strerror}."
+        ) from error
+    with container:
+        for kind, formats in (("text", _TEXT_FORMATS), ("a playlist", _PLAYLIST_FORMATS)):
+            if container.format.name in formats:
+                raise ValueError(f"Expected {name} as a video file, got {describe(source)!r}, which is {kind}.")
+        stream = _video_stream(container, source, name)
+        codec = stream.codec_context
+        if codec is None:
+            raise ValueError(f"Expected {name} in a format that can be decoded, got an unknown one.")
+        if codec.width * codec.height > limits.max_pixels:
+            raise ValueError(
+                f"Expected {name} with at most {limits.max_pixels} pixels per frame, got {codec.width} x {codec.height}."
+            )
+        # The same for sizes that change on the way.
+        codec.options = {"max_pixels": str(limits.max_pixels)}
+        if torch.utils.data.get_worker_info() is not None:
+            codec.thread_count = 1
+        elif whole_speed:
+            codec.thread_type = "AUTO"
+        yield container, stream
+
+
+def _video_stream(container: Any, source: str | BinaryIO, name: str) -> Any:
+    """The first video stream that is not the cover picture of an audio file."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            return stream
+    kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
+    if container.streams.video:
+        kinds.append("a cover picture")
+    found = f"{' and '.join(kinds)} only" if kinds else "no stream"
+    raise ValueError(f"Expected {name} with a video stream, got {describe(source)!r}, which has {found}.")
+
+
+def demux_packets(container: Any, stream: Any, *, name: str, deadline: Deadline) -> Iterator[Any]:
+    """Packets of a stream in file order, without the empty one at the end."""
+    try:
+        for packet in container.demux(stream):
+            deadline.check()
+            if packet.size > 0:
+                yield packet
+    except av.error.FFmpegError as error:
+        raise ValueError(f"Expected {name} as a whole video file, but reading failed: {error.strerror}.") from error
+
+
+def decode_frames(container: Any, stream: Any, *, name: str, deadline: Deadline) -> Iterator[Any]:
+    """All frames of a stream, in order of presentation."""
+    try:
+        for frame in container.decode(stream):
+            deadline.check()
+            yield frame
+    except av.error.FFmpegError as error:
+        raise ValueError(f"Expected {name} as a whole video file, but decoding failed: {error.strerror}.") from error
+
+
+def first_frame(container: Any, stream: Any, *, name: str, deadline: Deadline) -> Any:
+    """The first frame; it tells the size and the rotation as they are shown."""
+    frame = next(decode_frames(container, stream, name=name, deadline=deadline), None)
+    if frame is None:
+        raise ValueError(f"Expected {name} with at least one frame, got none.")
+    return frame
