@@ -37,6 +37,7 @@ _DISTRIBUTIONS = (
     "torchcodec",
 )
 _MIB = 2**20
+_RATIO_FORMS = {"median": "{:.2f}", "min": "({:.2f})"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +129,17 @@ def middle(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
 
 
-def ratio(ours: Mapping[str, float], peer: Mapping[str, float]) -> float | None:
-    """Ours divided by the peer's median; below 1 ours is cheaper. None where the peer costs nothing."""
-    return round(ours["median"] / peer["median"], 3) if peer["median"] else None
+def ratio(ours: Mapping[str, float], peer: Mapping[str, float]) -> dict[str, float | None]:
+    """Ours divided by the peer's; below 1 ours is cheaper. None where the peer costs nothing.
+
+    Of medians, and of the least of all repeats, which other work on the machine disturbs least.
+    """
+    return {key: round(ours[key] / peer[key], 3) if peer[key] else None for key in ("median", "min")}
+
+
+def show_ratio(values: Mapping[str, float | None]) -> str:
+    """`of medians (of minima)`."""
+    return " ".join("-" if values[key] is None else form.format(values[key]) for key, form in _RATIO_FORMS.items())
 
 
 def has_module(name: str) -> bool:

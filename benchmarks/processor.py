@@ -166,9 +166,9 @@ def show(cases: dict[str, Any]) -> None:
         for side, values in case["sides"].items()
     ]
     common.print_table(["case", "side", "wall s (min-max)", "CPU s (min-max)", "peak MiB", "tensor"], rows)
-    print("\nRatios of medians; below 1 ours is cheaper.")
+    print("\nRatios of medians (of minima); below 1 ours is cheaper.")
     rows = [
-        [name, label, *(str(values[figure]) for figure in ("wall_seconds", "cpu_seconds", "peak_mib"))]
+        [name, label, *(common.show_ratio(values[figure]) for figure in ("wall_seconds", "cpu_seconds", "peak_mib"))]
         for name, case in cases.items()
         for label, values in case["ratios"].items()
     ]

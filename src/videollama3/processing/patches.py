@@ -21,6 +21,8 @@ from PIL import Image
 
 from .media_sources import Pixels
 
+_PATCHES_PER_BLOCK = 256
+
 
 def resize_picture(picture: Pixels, height: int, width: int, resample: int = Image.Resampling.BICUBIC) -> Pixels:
     """Pillow's antialiased resize on uint8: (h, w, 3) -> (height, width, 3); `resample` is Pillow's number."""
@@ -100,12 +102,13 @@ def normalization_table(
 
 def normalize_patches(patches: Pixels, table: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Looks every value up in `normalization_table`: uint8 (n, 3 * p * p) -> float32 of the same shape."""
-    if np.array_equal(table, np.broadcast_to(table[:1], table.shape)):
-        return np.take(table[0], patches)
     channels = patches.reshape(len(patches), len(table), -1)
     out = np.empty(channels.shape, dtype=np.float32)
-    for channel, levels in enumerate(table):
-        out[:, channel] = np.take(levels, channels[:, channel])
+    # By blocks: a look-up widens its indices to eight bytes each.
+    for start in range(0, len(patches), _PATCHES_PER_BLOCK):
+        block = slice(start, start + _PATCHES_PER_BLOCK)
+        for channel, levels in enumerate(table):
+            out[block, channel] = np.take(levels, channels[block, channel])
     return out.reshape(patches.shape)
 
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from av.video.reformatter import VideoReformatter
 
 from .frame_decoding import DecodingError, PacketTable, decode_spans, plan_spans
 from .frame_sampling import FrameTimes, SampledFrames, sample_frames
@@ -152,11 +153,13 @@ def read_frames(plan: VideoPlan, progress: Progress | None = None) -> Iterator[P
     total = len(plan.sampled.indices)
     decoded = read_ahead(_decode_chosen(plan), depth=_FRAMES_AHEAD)
     try:
+        # One converter for all frames keeps its tables.
+        converter = VideoReformatter()
         current, pixels = -1, None
         for delivered, wanted in enumerate(plan.sampled.indices.tolist(), start=1):
             if wanted != current or pixels is None:
                 current, frame = next(decoded)
-                pixels = _to_rgb(frame, plan.rotation)
+                pixels = _to_rgb(converter, frame, plan.rotation)
             yield pixels
             if progress is not None:
                 progress(delivered, total)
@@ -207,6 +210,6 @@ def _decode_linearly(
         raise UnexpectedFrameError(f"{plan.name}: frame {target} of {len(plan.times.pts)} could not be decoded.")
 
 
-def _to_rgb(frame: Any, rotation: int) -> Pixels:
-    pixels: Pixels = frame.to_ndarray(format="rgb24")
+def _to_rgb(converter: Any, frame: Any, rotation: int) -> Pixels:
+    pixels: Pixels = converter.reformat(frame, format="rgb24").to_ndarray()
     return np.ascontiguousarray(np.rot90(pixels, rotation)) if rotation else pixels
