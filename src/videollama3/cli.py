@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show what the model sees of a video")
     inspect.add_argument("video", metavar="VIDEO")
     inspect.add_argument("-o", "--output", metavar="SHEET.png", help="write a contact sheet, pruned tokens dimmed")
+    inspect.add_argument("--plan", action="store_true", help="say what it will cost, without decoding it")
     inspect.add_argument("--model", metavar="FOLDER_OR_REPO", help="checkpoint whose processor settings to use")
     _add_sampling(inspect)
     inspect.set_defaults(run=run_inspect)
@@ -123,6 +124,9 @@ def run_inspect(options: argparse.Namespace) -> None:
 
     _quiet_progress_bars()
     video_processor = _video_processor(options.model)
+    if options.plan:
+        _print_plan(options, video_processor)
+        return
     with _progress_bar("reading") as progress:
         features = video_processor(
             [options.video],
@@ -161,6 +165,23 @@ def run_inspect(options: argparse.Namespace) -> None:
         sheet = contact_sheet(dim_pruned(pictures, keep, merge * patch), captions)
         sheet.save(options.output)
         print(f"wrote {options.output} ({sheet.width} x {sheet.height})")
+
+
+def _print_plan(options: argparse.Namespace, video_processor: Any) -> None:
+    estimate = video_processor.estimate(
+        [options.video],
+        fps=options.fps,
+        max_frames=options.max_frames,
+        start_time=options.start,
+        end_time=options.end,
+        max_visual_tokens=options.max_visual_tokens,
+    )
+    (video,) = estimate.items
+    print(f"{options.video}: {video.num_frames} frames, each {video.width} x {video.height} pixels after resizing")
+    print(f"patches for the vision encoder: {estimate.num_patches}")
+    print(f"visual tokens before pruning:   {estimate.num_visual_tokens}")
+    for dtype in ("float32", "uint8"):
+        print(f"pixel tensor as {dtype:<8}        {estimate.pixel_bytes(dtype) / 2**20:.1f} MiB")
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -15,6 +15,9 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
 # Modules, not the top level: without torchvision there are dummies there.
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
@@ -22,6 +25,7 @@ from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from .modeling.checkpoint_layouts import OFFICIAL_MODEL_TYPE, OFFICIAL_VISION_MODEL_TYPE
 from .modeling.configuration_videollama3 import VideoLlama3Config, VideoLlama3VisionConfig
 from .modeling.modeling_videollama3 import VideoLlama3ForCausalLM, VideoLlama3Model
+from .modeling.torch_varlen import TORCH_VARLEN, torch_varlen_attention
 from .modeling.vision_encoder_videollama3 import VideoLlama3VisionModel
 from .processing.image_processing_videollama3 import VideoLlama3ImageProcessor
 from .processing.processing_videollama3 import VideoLlama3Processor
@@ -81,6 +85,9 @@ class Videollama3VideoProcessor(VideoLlama3VideoProcessor):
 
 def register() -> None:
     """Registers every class; calling it again changes nothing."""
+    AttentionInterface.register(TORCH_VARLEN, torch_varlen_attention)
+    # What it does not run itself it hands to sdpa, with sdpa's masks.
+    AttentionMaskInterface.register(TORCH_VARLEN, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     for config in (VideoLlama3Config, VideoLlama3VisionConfig, Videollama3Qwen2Config, Videollama3VisionEncoderConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(VideoLlama3Config, VideoLlama3Model, exist_ok=True)

@@ -9,7 +9,13 @@ from torch import nn
 
 from videollama3 import VideoLlama3VisionModel
 from videollama3.modeling import vision_encoder_videollama3 as module
-from videollama3.modeling.vision_encoder_videollama3 import apply_rotary, merge_blocks, rotary_table
+from videollama3.modeling.vision_encoder_videollama3 import (
+    DefaultAttention,
+    activation_bytes_per_patch,
+    apply_rotary,
+    merge_blocks,
+    rotary_table,
+)
 
 from .tiny import media, tiny_vision_config
 
@@ -167,7 +173,9 @@ def test_chunks_equal_one_pass(monkeypatch):
         return inner(self, pixel_values, grids)
 
     monkeypatch.setattr(VideoLlama3VisionModel, "_encode", counting)
-    monkeypatch.setattr(module, "MAX_PATCHES_PER_CHUNK", 40)
+    # Room for 40 patches.
+    budget = 40 * activation_bytes_per_patch(encoder.config, torch.float32)
+    monkeypatch.setattr(module, "MAX_ACTIVATION_BYTES_PER_CHUNK", budget)
     with torch.no_grad():
         chunked = _encode(encoder, pixels, grid_thw, merge_sizes)
     assert passes == [36, 24, 24, 35, 30, 16]

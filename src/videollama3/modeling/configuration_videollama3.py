@@ -40,6 +40,8 @@ class VideoLlama3VisionConfig(PreTrainedConfig):
         image_mean: per-channel mean that uint8 `pixel_values` are normalised with on the device, after
             scaling to 0..1.
         image_std: per-channel standard deviation, likewise.
+        reuse_identical_frames: whether, without gradients, a frame that is bit-identical to the one before it in
+            its video is not encoded again.
         kwargs: fields common to all configurations of transformers.
     """
 
@@ -70,6 +72,7 @@ class VideoLlama3VisionConfig(PreTrainedConfig):
         initializer_range: float = 0.02,
         image_mean: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5),
         image_std: tuple[float, ...] | list[float] = (0.5, 0.5, 0.5),
+        reuse_identical_frames: bool = True,
         **kwargs: Any,
     ) -> None:
         self.hidden_size = hidden_size
@@ -85,6 +88,7 @@ class VideoLlama3VisionConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.reuse_identical_frames = reuse_identical_frames
         super().__init__(**kwargs)
         self._check()
 

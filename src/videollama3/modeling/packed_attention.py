@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .packed_segments import PackedSegments
+from .torch_varlen import TORCH_VARLEN
 
 # Eager attention writes its scores; segments are taken in blocks so that they stay below this.
 _MAX_EAGER_SCORE_BYTES = 512 * 2**20
@@ -68,20 +69,20 @@ def attend_packed(
     """Full attention inside each segment, none across segments.
 
     Args:
-        attend: transformers' attention function for `implementation`.
+        attend: the attention function for `implementation`.
         module: the attention module, handed to `attend`.
         query_THD: (T, H, D), packed as `segments` says.
         key_THD: (T, H, D).
         value_THD: (T, H, D).
         segments: the layout of the T patches.
-        implementation: a name of transformers' attention interface.
+        implementation: a name of transformers' attention interface, or "torch_varlen".
         scaling: factor on the scores.
         dropout: probability on the attention weights.
 
     Returns:
         (T, H, D), in the order of `query_THD`.
     """
-    if "flash" in implementation:
+    if "flash" in implementation or implementation == TORCH_VARLEN:
         # One kernel call over all segments, batch of one: (1, H, T, D).
         output, _ = attend(
             module,

@@ -167,3 +167,61 @@ def chunk_grids(grids: list[Grid], max_patches: int) -> list[list[Grid]]:
             room -= taken * grid.patches_per_frame
             remaining -= taken
     return chunks
+
+
+# Patches of a frame that are compared first: frames that differ in these need no second look.
+_PROBE_PATCHES = 16
+
+
+def distinct_frames(
+    pixel_values: torch.Tensor, grids: list[Grid]
+) -> tuple[torch.Tensor, list[Grid], torch.Tensor | None]:
+    """Drops every frame that is bit-identical to the one before it in its video.
+
+    Paused video, slides and screen recordings repeat frames; a segment sees no other, so its tokens can be
+    encoded once and read again. With one video of four frames, the second equal to the first, the third and
+    the fourth other ones, three frames of L tokens remain and the rows to read are
+
+        frame    0       1       2        3
+        rows     0..L-1  0..L-1  L..2L-1  2L..3L-1
+
+    Args:
+        pixel_values: (T, values of a patch), all items in order of appearance.
+        grids: one per item.
+
+    Returns:
+        `pixel_values` of the frames that remain, their grids, and int64 (visual tokens of all items,), the row
+        of the remaining tokens to read for each; the arguments and None when no frame repeats.
+    """
+    items = pixel_values.split([grid.num_patches for grid in grids])
+    repeats = [_repeats_previous(item, grid) for item, grid in zip(items, grids, strict=True)]
+    if not any(any(flags) for flags in repeats):
+        return pixel_values, grids, None
+    kept_pixels, kept_grids, rows = [], [], []
+    start = 0
+    for item, grid, flags in zip(items, grids, repeats, strict=True):
+        fresh = ~torch.tensor(flags)
+        frames = item.reshape(grid.num_frames, grid.patches_per_frame, -1)
+        kept_pixels.append(frames[fresh.to(item.device)].flatten(0, 1))
+        kept_grids.append(dataclasses.replace(grid, num_frames=int(fresh.sum())))
+        tokens_per_frame = grid.num_tokens // grid.num_frames
+        first_rows = start + (fresh.cumsum(0) - 1) * tokens_per_frame
+        rows.append((first_rows.unsqueeze(1) + torch.arange(tokens_per_frame)).flatten())
+        start += kept_grids[-1].num_tokens
+    return torch.cat(kept_pixels), kept_grids, torch.cat(rows).to(pixel_values.device)
+
+
+def _repeats_previous(item: torch.Tensor, grid: Grid) -> list[bool]:
+    """For each frame of an item, whether it equals the one before; a single frame costs nothing."""
+    flags = [False] * grid.num_frames
+    if grid.num_frames == 1:
+        return flags
+    frames = item.reshape(grid.num_frames, grid.patches_per_frame, -1)
+    probe = frames[:, :: max(1, grid.patches_per_frame // _PROBE_PATCHES)]
+    candidates = (probe[1:] == probe[:-1]).flatten(1).all(dim=1).nonzero().flatten().tolist()
+    if candidates:
+        # One frame at a time in memory, one answer for the host to wait for.
+        equal = torch.stack([(frames[previous] == frames[previous + 1]).all() for previous in candidates])
+        for previous, is_equal in zip(candidates, equal.tolist(), strict=True):
+            flags[previous + 1] = is_equal
+    return flags

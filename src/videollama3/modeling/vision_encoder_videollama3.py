@@ -9,7 +9,8 @@ Dimensions: T patches, C hidden width, H heads, D head width.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,13 +21,50 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_videollama3 import VideoLlama3VisionConfig
+from .onednn_linear import OneDnnLinear, linear_then_gelu_tanh
 from .packed_attention import attend_packed, eager_segment_attention
-from .packed_segments import Grid, PackedSegments, chunk_grids, pack_segments, read_grids
+from .packed_segments import Grid, PackedSegments, chunk_grids, distinct_frames, pack_segments, read_grids
 from .pretrained_videollama3 import VideoLlama3PreTrainedModel
+from .torch_varlen import TORCH_VARLEN, check_varlen, torch_varlen_attention, varlen_obstacle
 
-# Without gradients the encoder takes whole segments in chunks of at most this many patches, so that its
-# activations do not grow with the number of frames.
-MAX_PATCHES_PER_CHUNK = 16384
+# Without gradients the encoder takes whole segments in chunks whose activations stay below this, so that they
+# do not grow with the number of frames.
+MAX_ACTIVATION_BYTES_PER_CHUNK = 512 * 2**20
+
+
+class DefaultAttention(str):
+    """Name of an attention implementation that nobody asked for; equal to the plain name."""
+
+    __slots__ = ()
+
+
+class Attention(NamedTuple):
+    """How one pass attends: chosen once, before the layers.
+
+    Attributes:
+        implementation: a name of transformers' attention interface, or "torch_varlen".
+        function: the attention function of that name.
+    """
+
+    implementation: str
+    function: Callable[..., Any]
+
+
+def activation_bytes_per_patch(config: VideoLlama3VisionConfig, dtype: torch.dtype) -> int:
+    """Bytes that one patch occupies inside a layer, at the highest point, without gradients.
+
+    In the MLP these are the residual, its norm, and the wide layer before and after the activation; in
+    attention the residual, its norm, query, key, value, the rotated query and key, and the float32 products of
+    one rotation. Scores of `eager` attention have a bound of their own.
+
+    Args:
+        config: of the encoder.
+        dtype: of its weights.
+    """
+    size = dtype.itemsize
+    mlp = size * (2 * config.hidden_size + 2 * config.intermediate_size)
+    attention = size * 7 * config.hidden_size + 4 * 2 * config.hidden_size
+    return max(mlp, attention)
 
 
 def rotary_table(row_column: torch.Tensor, *, head_dim: int, rope_theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,11 +88,17 @@ def rotary_table(row_column: torch.Tensor, *, head_dim: int, rope_theta: float) 
 
 def apply_rotary(states_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
     """Rotates (T, H, D) by the table in float32 and returns the input's dtype."""
-    states = states_THD.float()
-    first, second = states.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    turned = states * cos_TD.unsqueeze(1) + rotated * sin_TD.unsqueeze(1)
-    return turned.to(states_THD.dtype)
+    half = states_THD.shape[-1] // 2
+    # Both halves of the table are the same; products with it are float32.
+    cos, sin = cos_TD[:, None, :half], sin_TD[:, None, :half]
+    first, second = states_THD[..., :half], states_THD[..., half:]
+    if torch.is_grad_enabled():
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return turned.to(states_THD.dtype)
+    result = torch.empty_like(states_THD)
+    result[..., :half] = first * cos - second * sin
+    result[..., half:] = second * cos + first * sin
+    return result
 
 
 def merge_blocks(hidden_TC: torch.Tensor, merge: int) -> torch.Tensor:
@@ -120,16 +164,18 @@ class VideoLlama3VisionAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = False
         self.num_key_value_groups = 1
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        # Three products: one of three times the width is no faster (see docs/memory.md), and has other names.
+        self.q_proj = OneDnnLinear(config.hidden_size, config.hidden_size)
+        self.k_proj = OneDnnLinear(config.hidden_size, config.hidden_size)
+        self.v_proj = OneDnnLinear(config.hidden_size, config.hidden_size)
+        self.out_proj = OneDnnLinear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
         hidden_TC: torch.Tensor,
         segments: PackedSegments,
         rotary: tuple[torch.Tensor, torch.Tensor],
+        attention: Attention,
     ) -> torch.Tensor:
         """(T, C) -> (T, C); `rotary` are the two tables of `rotary_table`."""
         # -1 instead of the number of heads: under tensor parallelism a rank holds a part of them.
@@ -137,15 +183,14 @@ class VideoLlama3VisionAttention(nn.Module):
             projection(hidden_TC).view(hidden_TC.shape[0], -1, self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        implementation = self.config._attn_implementation
         attended = attend_packed(
-            ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_segment_attention),
+            attention.function,
             self,
             apply_rotary(query, *rotary),
             apply_rotary(key, *rotary),
             value,
             segments=segments,
-            implementation=implementation,
+            implementation=attention.implementation,
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
         )
@@ -158,12 +203,16 @@ class VideoLlama3VisionMLP(nn.Module):
     def __init__(self, config: VideoLlama3VisionConfig) -> None:
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.is_gelu_tanh = config.hidden_act == "gelu_pytorch_tanh"
+        self.fc1 = OneDnnLinear(config.hidden_size, config.intermediate_size)
+        self.fc2 = OneDnnLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_TC: torch.Tensor) -> torch.Tensor:
         """(T, C) -> (T, C)."""
-        return self.fc2(self.activation_fn(self.fc1(hidden_TC)))
+        activated = linear_then_gelu_tanh(self.fc1, hidden_TC) if self.is_gelu_tanh else None
+        if activated is None:
+            activated = self.activation_fn(self.fc1(hidden_TC))
+        return self.fc2(activated)
 
 
 class VideoLlama3VisionEncoderLayer(GradientCheckpointingLayer):
@@ -181,9 +230,10 @@ class VideoLlama3VisionEncoderLayer(GradientCheckpointingLayer):
         hidden_TC: torch.Tensor,
         segments: PackedSegments,
         rotary: tuple[torch.Tensor, torch.Tensor],
+        attention: Attention,
     ) -> torch.Tensor:
         """(T, C) -> (T, C)."""
-        hidden_TC = hidden_TC + self.self_attn(self.layer_norm1(hidden_TC), segments, rotary)
+        hidden_TC = hidden_TC + self.self_attn(self.layer_norm1(hidden_TC), segments, rotary, attention)
         return hidden_TC + self.mlp(self.layer_norm2(hidden_TC))
 
 
@@ -200,10 +250,11 @@ class VideoLlama3VisionEncoder(nn.Module):
         hidden_TC: torch.Tensor,
         segments: PackedSegments,
         rotary: tuple[torch.Tensor, torch.Tensor],
+        attention: Attention,
     ) -> torch.Tensor:
         """(T, C) -> (T, C)."""
         for layer in self.layers:
-            hidden_TC = layer(hidden_TC, segments, rotary)
+            hidden_TC = layer(hidden_TC, segments, rotary, attention)
         return hidden_TC
 
 
@@ -265,10 +316,53 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         self._check_pixels(pixel_values, grids)
         if torch.is_grad_enabled():
             return BaseModelOutputWithPooling(last_hidden_state=self._encode(pixel_values, grids))
-        chunks = chunk_grids(grids, MAX_PATCHES_PER_CHUNK)
+        repeated = None
+        if self.config.reuse_identical_frames:
+            pixel_values, grids, repeated = distinct_frames(pixel_values, grids)
+        dtype = self.embeddings.patch_embedding.weight.dtype
+        max_patches = MAX_ACTIVATION_BYTES_PER_CHUNK // activation_bytes_per_patch(self.config, dtype)
+        chunks = chunk_grids(grids, max_patches)
         sizes = [sum(grid.num_patches for grid in chunk) for chunk in chunks]
-        tokens = [self._encode(part, chunk) for part, chunk in zip(pixel_values.split(sizes), chunks, strict=True)]
-        return BaseModelOutputWithPooling(last_hidden_state=tokens[0] if len(tokens) == 1 else torch.cat(tokens))
+        parts = [self._encode(part, chunk) for part, chunk in zip(pixel_values.split(sizes), chunks, strict=True)]
+        tokens = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens if repeated is None else tokens[repeated])
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """transformers' check, which also lets "torch_varlen" pass where the package is not imported.
+
+        Args:
+            requested_attention: name of an implementation; None for the default, which stays marked as such.
+            is_init_check: whether there are no weights yet.
+        """
+        if requested_attention == TORCH_VARLEN:
+            return TORCH_VARLEN
+        checked: str = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        return DefaultAttention(checked) if requested_attention is None else checked
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Chooses how segments attend; naming what is the default already makes it an explicit choice.
+
+        The arguments are transformers' own.
+        """
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        if isinstance(attn_implementation, str) and attn_implementation == self.config._attn_implementation:
+            self.config._attn_implementation_internal = str(attn_implementation)
+
+    def _attention(self, hidden_TC: torch.Tensor) -> Attention:
+        """What was asked for; where nothing was, torch's varlen kernel if it runs here."""
+        implementation = self.config._attn_implementation
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        dropout = self.config.attention_dropout if self.training else 0.0
+        # By name: a local folder can load a class twice.
+        if type(implementation).__name__ == DefaultAttention.__name__:
+            runs = varlen_obstacle(hidden_TC.device, hidden_TC.dtype, head_dim=head_dim, dropout=dropout) is None
+            implementation = TORCH_VARLEN if runs else str(implementation)
+        if implementation == TORCH_VARLEN:
+            check_varlen(hidden_TC.device, hidden_TC.dtype, head_dim=head_dim, dropout=dropout)
+            return Attention(implementation, torch_varlen_attention)
+        return Attention(
+            implementation, ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_segment_attention)
+        )
 
     def _encode(self, pixel_values: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
         segments = pack_segments(grids, pixel_values.device)
@@ -280,7 +374,7 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         hidden = self.embeddings(pixel_values)
         if segments.gather is not None:
             hidden = hidden[segments.gather]
-        hidden = self.post_layernorm(self.encoder(hidden, segments, rotary))
+        hidden = self.post_layernorm(self.encoder(hidden, segments, rotary, self._attention(hidden)))
         if segments.scatter is not None:
             hidden = hidden[segments.scatter]
         parts = hidden.split([grid.num_patches for grid in grids])

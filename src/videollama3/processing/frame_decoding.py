@@ -33,6 +33,45 @@ class DecodingError(Exception):
     """A span did not give the frames that its packets announced: decode the stream from its start."""
 
 
+# First slice type at which decoding may start exactly: IDR pictures of H.264, IRAP pictures of HEVC. Containers
+# also mark others, for instance the beginning of an intra refresh, after which pictures are right only later.
+_CLEAN_SLICES = {"h264": frozenset({5}), "hevc": frozenset(range(16, 24))}
+_SLICES = {"h264": frozenset(range(1, 6)), "hevc": frozenset(range(32))}
+
+
+def starts_clean(data: memoryview, codec: str, extradata: bytes | None) -> bool:
+    """Whether decoding from this keyframe's packet gives exact pictures.
+
+    Args:
+        data: the packet.
+        codec: name of the codec.
+        extradata: the stream's; its first byte tells NAL units with lengths (1) from those with start codes.
+    """
+    if codec not in _CLEAN_SLICES:
+        return True
+    lengths = bool(extradata) and extradata is not None and extradata[0] == 1
+    length_size = 4 if not lengths or extradata is None else (extradata[4 if codec == "h264" else 21] & 3) + 1
+    for header in _nal_headers(data, length_size if lengths else None):
+        nal_type = header & 0x1F if codec == "h264" else header >> 1 & 0x3F
+        if nal_type in _SLICES[codec]:
+            return nal_type in _CLEAN_SLICES[codec]
+    return False
+
+
+def _nal_headers(data: memoryview, length_size: int | None) -> Iterator[int]:
+    """First byte of each NAL unit of a packet."""
+    position = 0
+    if length_size is not None:
+        while position + length_size < len(data):
+            yield data[position + length_size]
+            position += length_size + int.from_bytes(data[position : position + length_size], "big")
+        return
+    raw = bytes(data)
+    while (position := raw.find(b"\x00\x00\x01", position)) >= 0 and position + 3 < len(raw):
+        yield raw[position + 3]
+        position += 3
+
+
 @dataclasses.dataclass(frozen=True)
 class PacketTable:
     """Packets of one video stream, in file order.
@@ -40,7 +79,7 @@ class PacketTable:
     Attributes:
         pts: int64 (packets,), presentation times in units of the stream's time base.
         dts: int64 (packets,), decoding times; equal to `pts` where the container has none.
-        is_keyframe: bool (packets,).
+        is_keyframe: bool (packets,), whether decoding may start there.
     """
 
     pts: npt.NDArray[np.int64]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .frame_decoding import PacketTable
+from .frame_decoding import PacketTable, starts_clean
 from .frame_sampling import FrameTimes
 from .video_file import Deadline, decode_frames, demux_packets
 
@@ -27,6 +27,7 @@ def times_by_demuxing(
     Raises:
         ValueError: when an mp4 breaks off.
     """
+    codec = stream.codec_context
     rows: list[tuple[int, int, bool, bool, int]] = []
     num_packets = num_whole = 0
     trustworthy = True
@@ -39,12 +40,13 @@ def times_by_demuxing(
             trustworthy = trustworthy and pts is None and packet.is_discard
             continue
         dts = pts if packet.dts is None else packet.dts
-        rows.append((pts, dts, packet.is_keyframe, not packet.is_discard, packet.duration or 0))
+        is_start = packet.is_keyframe and starts_clean(memoryview(packet), codec.name, codec.extradata)
+        rows.append((pts, dts, is_start, not packet.is_discard, packet.duration or 0))
     columns = np.array(rows, dtype=np.int64).reshape(-1, 5)
     shown = columns[:, 3].astype(bool)
     if "mp4" in container.format.name.split(","):
         _check_whole(stream, num_packets, num_whole, columns[shown, 0], name)
-    if stream.codec_context.has_b_frames and np.array_equal(columns[:, 0], columns[:, 1]):
+    if codec.has_b_frames and np.array_equal(columns[:, 0], columns[:, 1]):
         # Frames are shown in another order than they are stored in, and the container (avi) does not say which.
         trustworthy = False
     order = np.argsort(columns[shown, 0], kind="stable")

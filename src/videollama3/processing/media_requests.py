@@ -145,12 +145,83 @@ def encode_request(
             items[failed] = replan()
 
 
-def request_sizes(
+@dataclasses.dataclass(frozen=True)
+class ItemEstimate:
+    """What one image or video will cost.
+
+    Attributes:
+        name: how errors call it.
+        kind: image or video.
+        num_frames: 1 for an image.
+        height: of a resized picture in pixels.
+        width: likewise.
+        num_patches: of all its frames.
+        num_visual_tokens: after the merge, before pruning; the prompt holds at most so many.
+    """
+
+    name: str
+    kind: Literal["image", "video"]
+    num_frames: int
+    height: int
+    width: int
+    num_patches: int
+    num_visual_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestEstimate:
+    """What a request will cost before pruning.
+
+    Attributes:
+        items: its images and videos.
+        values_per_patch: channels * patch_size**2.
+    """
+
+    items: tuple[ItemEstimate, ...]
+    values_per_patch: int
+
+    @property
+    def num_patches(self) -> int:
+        """Patches that the vision encoder will see."""
+        return sum(item.num_patches for item in self.items)
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Visual tokens before pruning."""
+        return sum(item.num_visual_tokens for item in self.items)
+
+    def pixel_bytes(self, pixel_dtype: PixelDtype = "float32") -> int:
+        """Size of the pixel tensors."""
+        return self.num_patches * self.values_per_patch * (4 if pixel_dtype == "float32" else 1)
+
+    def processor_bytes(self, pixel_dtype: PixelDtype = "float32") -> int:
+        """About how much memory preparing the request takes: the raw patches, and the tensors made of them."""
+        raw = self.pixel_bytes("uint8")
+        return raw if pixel_dtype == "uint8" else raw + self.pixel_bytes("float32")
+
+
+def estimate_request(
     items: Sequence[PlannedMedia], *, image: PixelSettings, video: PixelSettings, max_visual_tokens: int | None = None
-) -> list[tuple[int, int]]:
-    """The (height, width) in pixels that each item of a request is resized to, without reading pixels."""
+) -> RequestEstimate:
+    """Says what a request will cost, from sizes alone; arguments as in `encode_request`."""
     settings = [image if item.kind == "image" else video for item in items]
-    return _sizes(list(items), settings, max_visual_tokens)
+    estimates = []
+    for item, setting, (height, width) in zip(
+        items, settings, _sizes(list(items), settings, max_visual_tokens), strict=True
+    ):
+        num_patches = item.num_frames * (height // setting.patch_size) * (width // setting.patch_size)
+        estimates.append(
+            ItemEstimate(
+                name=item.name,
+                kind=item.kind,
+                num_frames=item.num_frames,
+                height=height,
+                width=width,
+                num_patches=num_patches,
+                num_visual_tokens=num_patches // setting.merge_size**2,
+            )
+        )
+    return RequestEstimate(tuple(estimates), values_per_patch=3 * video.patch_size**2)
 
 
 def _sizes(

@@ -12,6 +12,8 @@ import http.client
 import io
 import os
 import re
+import shutil
+import tempfile
 import urllib.error
 import urllib.request
 from typing import Any, BinaryIO
@@ -68,12 +70,14 @@ def describe(source: Any) -> str:
 def _open_string(source: str, what: str) -> str | BinaryIO:
     scheme = source.split(":", 1)[0].lower() if re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+:", source) else ""
     if scheme in ("http", "https"):
-        return _nonempty(_download(source, what), what)
+        return _nonempty(_download(source, what), what, describe(source))
     if scheme == "data":
         return _nonempty(_decode_data_url(source, what), what)
     path = unquote(urlsplit(source).path) if scheme == "file" else os.path.expanduser(source)
     if not os.path.exists(path):
         raise FileNotFoundError(f"Expected {what} at an existing path, got {describe(path)!r}: no such file.")
+    if not os.path.isfile(path) and not os.path.isdir(path):
+        raise ValueError(f"Expected {what} as a file or a folder, got {describe(path)!r}, which is a device or a pipe.")
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         raise ValueError(f"Expected {what} with content, got {describe(path)!r}: the file is empty.")
     return path
@@ -81,10 +85,12 @@ def _open_string(source: str, what: str) -> str | BinaryIO:
 
 def _download(url: str, what: str) -> BinaryIO:
     # Not through huggingface_hub's session: a user's media server is no Hub, and HF_HUB_OFFLINE not about it.
+    file = _TemporaryDownload()
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "videollama3"})
-        with urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response:
-            return io.BytesIO(response.read())
+        with _web_opener().open(request, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response:
+            shutil.copyfileobj(response, file.file)
+        return file  # type: ignore[return-value] # has what readers use of a binary file
     except urllib.error.HTTPError as error:
         error.close()
         kind = FileNotFoundError if error.code == 404 else ValueError
@@ -93,6 +99,33 @@ def _download(url: str, what: str) -> BinaryIO:
         ) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ValueError(f"Expected {what} at a URL that answers, got {describe(url)!r}: {error}.") from error
+
+
+class _TemporaryDownload:
+    """A downloaded file on disk, gone as soon as nobody holds this object any more."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __del__
+        self.read, self.seek, self.tell = self.file.read, self.file.seek, self.file.tell
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
+def _web_opener() -> urllib.request.OpenerDirector:
+    """Follows redirects to http and https only: urllib's own opener also knows ftp, file and data."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    return opener
 
 
 def _decode_data_url(url: str, what: str) -> BinaryIO:
@@ -105,12 +138,12 @@ def _decode_data_url(url: str, what: str) -> BinaryIO:
         raise ValueError(f"Expected {what} as valid base64, got data that is not: {error}.") from error
 
 
-def _nonempty(stream: BinaryIO, what: str) -> BinaryIO:
+def _nonempty(stream: BinaryIO, what: str, shown: str | None = None) -> BinaryIO:
     stream.seek(0, io.SEEK_END)
     size = stream.tell()
     stream.seek(0)
     if size == 0:
-        raise ValueError(f"Expected {what} with content, got {describe(stream)}: it is empty.")
+        raise ValueError(f"Expected {what} with content, got {shown or describe(stream)}: it is empty.")
     return stream
 
 

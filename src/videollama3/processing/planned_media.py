@@ -22,6 +22,7 @@ from transformers.video_utils import VideoMetadata
 
 from .frame_sampling import FrameTimes, SampledFrames, as_rate, check_max_frames, check_window, sample_frames
 from .media_sources import PICTURE_SUFFIXES, Pixels, describe, frames_to_rgb, load_picture, open_source
+from .video_file import ReadingLimits
 from .video_reading import Progress, VideoPlan, plan_video, read_frames
 
 # A folder of pictures counts as this many pictures per second (the authors' rule).
@@ -61,6 +62,7 @@ class VideoOptions:
         metadata: of frames given in memory: source rate and indices, as transformers describes them.
         do_sample_frames: whether frames given in memory are still to be sampled, by their metadata's rate.
         fps_given: whether `fps` came from the caller.
+        limits: what reading it may cost.
     """
 
     fps: float
@@ -72,6 +74,7 @@ class VideoOptions:
     metadata: Any = None
     do_sample_frames: bool = False
     fps_given: bool = False
+    limits: ReadingLimits = dataclasses.field(default_factory=ReadingLimits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +192,7 @@ def _plan_file(
         start_time=start,
         end_time=end,
         by_decoding=by_decoding,
+        limits=option.limits,
     )
     inside = plan.sampled.between(option.start_time, option.end_time)
     if len(inside.indices):

@@ -19,7 +19,14 @@ from transformers.utils import cached_file
 
 from .conversations import Conversation, MediaReference, is_batch, read_conversation
 from .image_processing_videollama3 import VideoLlama3ImageProcessor, image_rows
-from .media_requests import EncodedMedia, encode_request, to_image_tensors, to_video_tensors
+from .media_requests import (
+    EncodedMedia,
+    RequestEstimate,
+    encode_request,
+    estimate_request,
+    to_image_tensors,
+    to_video_tensors,
+)
 from .planned_media import PlannedMedia, plan_image, plan_videos
 from .prompt_tokens import (
     CHAT_TEMPLATE,
@@ -258,6 +265,24 @@ class VideoLlama3Processor(ProcessorMixin):
         ids = features["input_ids"]
         return ids if is_batch(conversation) or return_tensors == "pt" else ids[0]
 
+    def estimate(self, conversation: Any, **kwargs: Any) -> RequestEstimate:
+        """Says what a conversation will cost before pruning, without decoding its videos.
+
+        Args:
+            conversation: messages with content dicts.
+            kwargs: options of `__call__`.
+
+        Returns:
+            Frames, sizes, patches, visual tokens and bytes of pixels, per image or video and in all.
+        """
+        options = self._read_options(kwargs)
+        return estimate_request(
+            self._plan_media(read_conversation(conversation).media, options, ""),
+            image=self.image_processor.settings(**_pick(options, _IMAGE_SETTINGS, "image_")),
+            video=self.video_processor.settings(**_pick(options, _VIDEO_SETTINGS, "video_")),
+            max_visual_tokens=options.get("max_visual_tokens"),
+        )
+
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
@@ -440,6 +465,18 @@ class VideoLlama3Processor(ProcessorMixin):
         self, references: Sequence[MediaReference], options: dict[str, Any], prefix: str
     ) -> list[EncodedMedia]:
         """Plans, reads and prunes the media of one request."""
+        return encode_request(
+            self._plan_media(references, options, prefix),
+            image=self.image_processor.settings(**_pick(options, _IMAGE_SETTINGS, "image_")),
+            video=self.video_processor.settings(**_pick(options, _VIDEO_SETTINGS, "video_")),
+            max_visual_tokens=options.get("max_visual_tokens"),
+            pixel_dtype=options.get("pixel_dtype", self.image_processor.pixel_dtype),
+            progress=options.get("progress"),
+        )
+
+    def _plan_media(
+        self, references: Sequence[MediaReference], options: dict[str, Any], prefix: str
+    ) -> list[PlannedMedia]:
         planned: list[PlannedMedia | None] = []
         videos = []
         shared = {key: options[key] for key in PER_VIDEO_OPTIONS if key in options and key != "max_visual_tokens"}
@@ -458,14 +495,7 @@ class VideoLlama3Processor(ProcessorMixin):
                 option = self.video_processor.options(**{**shared, **own})
                 videos.append((reference.source, option, f"{name} (video)" if "part" in name else name))
         clips = iter(plan_videos(*zip(*videos, strict=True)) if videos else [])
-        return encode_request(
-            [item if item is not None else next(clips) for item in planned],
-            image=self.image_processor.settings(**_pick(options, _IMAGE_SETTINGS, "image_")),
-            video=self.video_processor.settings(**_pick(options, _VIDEO_SETTINGS, "video_")),
-            max_visual_tokens=options.get("max_visual_tokens"),
-            pixel_dtype=options.get("pixel_dtype", self.image_processor.pixel_dtype),
-            progress=options.get("progress"),
-        )
+        return [item if item is not None else next(clips) for item in planned]
 
     def _expand(self, pieces: list[Piece], media: list[EncodedMedia]) -> list[Piece]:
         items = iter(media)

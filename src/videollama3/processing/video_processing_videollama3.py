@@ -14,9 +14,17 @@ from typing import Any, ClassVar
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 
-from .media_requests import PixelDtype, PixelSettings, encode_request, to_video_tensors
+from .media_requests import (
+    PixelDtype,
+    PixelSettings,
+    RequestEstimate,
+    encode_request,
+    estimate_request,
+    to_video_tensors,
+)
 from .pixel_processor_videollama3 import VideoLlama3PixelProcessor
 from .planned_media import VideoOptions, is_frame, is_frame_list, plan_videos
+from .video_file import ReadingLimits
 from .video_reading import Progress
 from .visual_budget import ItemSize, target_sizes
 
@@ -30,6 +38,7 @@ PER_VIDEO_OPTIONS = (
     "max_visual_tokens",
     "video_metadata",
     "do_sample_frames",
+    "max_read_seconds",
 )
 
 
@@ -44,6 +53,9 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
         compression_threshold: mean absolute difference of normalised values, times 255, above which a token
             is kept; the released models' 0.1 means 0.05 grey levels.
         compression_min_tokens: kept in every frame.
+        max_read_seconds: opening or decoding one video takes at most so long, or raises TimeoutError.
+        max_frame_pixels: a video with larger frames is refused.
+        max_duration_seconds: a longer video is refused.
         kwargs: the settings of `VideoLlama3PixelProcessor`.
     """
 
@@ -63,6 +75,9 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
         "use_token_compression",
         "compression_threshold",
         "compression_min_tokens",
+        "max_read_seconds",
+        "max_frame_pixels",
+        "max_duration_seconds",
     )
 
     def __init__(
@@ -74,6 +89,9 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
         use_token_compression: bool = True,
         compression_threshold: float = 0.1,
         compression_min_tokens: int = 1,
+        max_read_seconds: float = ReadingLimits.max_seconds,
+        max_frame_pixels: int = ReadingLimits.max_pixels,
+        max_duration_seconds: float = ReadingLimits.max_duration_seconds,
         **kwargs: Any,
     ) -> None:
         super().__init__(merge_size=merge_size, **kwargs)
@@ -82,6 +100,9 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
         self.use_token_compression = use_token_compression
         self.compression_threshold = compression_threshold
         self.compression_min_tokens = compression_min_tokens
+        self.max_read_seconds = max_read_seconds
+        self.max_frame_pixels = max_frame_pixels
+        self.max_duration_seconds = max_duration_seconds
 
     def settings(self, **overrides: Any) -> PixelSettings:
         """The settings as a record; `overrides` that are None leave the processor's own value."""
@@ -109,6 +130,11 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
             metadata=given.get("video_metadata"),
             do_sample_frames=given.get("do_sample_frames", False),
             fps_given="fps" in given,
+            limits=ReadingLimits(
+                max_seconds=given.get("max_read_seconds", self.max_read_seconds),
+                max_pixels=self.max_frame_pixels,
+                max_duration_seconds=self.max_duration_seconds,
+            ),
         )
 
     def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
@@ -126,6 +152,7 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
         timestamps: Any = None,
         video_metadata: Any = None,
         do_sample_frames: bool | None = None,
+        max_read_seconds: float | None = None,
         merge_size: int | None = None,
         min_tokens: int | None = None,
         max_tokens: int | None = None,
@@ -154,6 +181,7 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
             timestamps: labels in seconds, for one video given as frames.
             video_metadata: of videos given as frames, one record each.
             do_sample_frames: whether frames in memory are still to be sampled.
+            max_read_seconds: opening or decoding one video takes at most so long.
             merge_size: side of a block of patches that becomes one visual token.
             min_tokens: a picture below this many visual tokens is enlarged.
             max_tokens: visual tokens of one request, before pruning.
@@ -202,6 +230,7 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
                 timestamps=label,
                 video_metadata=record,
                 do_sample_frames=do_sample_frames,
+                max_read_seconds=max_read_seconds,
             )
             for record, label in zip(records, labels, strict=True)
         ]
@@ -225,6 +254,24 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
         if return_metadata:
             data["video_metadata"] = [item.metadata for item in encoded]
         return BatchFeature(data)
+
+    def estimate(self, videos: Any, *, max_visual_tokens: int | None = None, **options: Any) -> RequestEstimate:
+        """Says what one request's videos will cost, before pruning, without decoding them.
+
+        Packets are read for the frame times, and one frame of each file is decoded for its size and rotation.
+
+        Args:
+            videos: one video or a list, as in `preprocess`.
+            max_visual_tokens: limit for the request.
+            options: sampling options of `preprocess`.
+
+        Returns:
+            Frames, sizes, patches, visual tokens and bytes of pixels, per video and in all.
+        """
+        (row,) = video_rows(videos)
+        planned = plan_videos(row, [self.options(**options)] * len(row), [f"video {i}" for i in range(len(row))])
+        settings = self.settings()
+        return estimate_request(planned, image=settings, video=settings, max_visual_tokens=max_visual_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as they are stored."""
