@@ -1,6 +1,6 @@
 """Encodes a small mp4: a red ball crosses the picture, then a blue square appears.
 
-    python examples/make_clip.py clip.mp4
+python examples/make_clip.py clip.mp4
 """
 
 import sys

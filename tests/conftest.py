@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import videollama3  # noqa: F401 - registers the Auto classes
+import videollama3
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -19,14 +19,17 @@ CORE = {"transformers", "torch", "safetensors", "huggingface_hub", "tokenizers",
 def test_core_dependencies_are_the_core_only():
     names = {
         re.split(r"[\s<>=!~;\[]", requirement)[0].replace("-", "_")
-        for requirement in requires("videollama3") if "extra ==" not in requirement
+        for requirement in requires("videollama3")
+        if "extra ==" not in requirement
     }
     assert names == CORE
 
 
 def test_nothing_optional_is_imported():
     code = "import sys, videollama3, videollama3.cli; print(*sys.modules)"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert not loaded & {"torchvision", "decord", "cv2", "flash_attn", "torchcodec", "imageio"}
 
 

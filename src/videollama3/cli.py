@@ -272,5 +272,3 @@ def _version() -> str:
     from . import __version__
 
     return f"videollama3 {__version__}"
-
-

@@ -10,7 +10,6 @@ from torch import nn
 from videollama3 import VideoLlama3VisionModel
 from videollama3.modeling import vision_encoder_videollama3 as module
 from videollama3.modeling.vision_encoder_videollama3 import (
-    DefaultAttention,
     activation_bytes_per_patch,
     apply_rotary,
     merge_blocks,

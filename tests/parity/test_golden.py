@@ -139,9 +139,7 @@ def test_the_offset_trim_differs_in_its_frames_only(processor):
     assert metadata.frames_indices == [40, 65, 90]
     assert [2.36 + index / 25 for index in metadata.frames_indices] == pytest.approx([3.96, 4.96, 5.96])
     assert inputs["video_grid_thw"].tolist() == golden.record["grid_sizes"]
-    text = processor.tokenizer.decode(
-        [i for i in inputs["input_ids"][0].tolist() if i != processor.video_token_id]
-    )
+    text = processor.tokenizer.decode([i for i in inputs["input_ids"][0].tolist() if i != processor.video_token_id])
     assert text == golden.record["prompt_before_expansion"].replace("<image>", "")
 
 

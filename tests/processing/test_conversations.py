@@ -71,7 +71,11 @@ def test_the_users_messages_are_not_changed():
         ([{"role": "user", "content": 3}], TypeError, "content of message 0 as a string or a list, got 3"),
         ([{"role": "user", "content": [3]}], TypeError, "message 0, part 0 as a string or a dict, got 3"),
         ([{"role": "user", "content": [{"type": "audio"}]}], ValueError, "type text, image or video, got 'audio'"),
-        ([{"role": "user", "content": [{"type": "text"}]}], TypeError, "text of message 0, part 0 as a string, got None"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            TypeError,
+            "text of message 0, part 0 as a string, got None",
+        ),
         (
             [{"role": "user", "content": [{"type": "video", "video": "a", "path": "b"}]}],
             ValueError,

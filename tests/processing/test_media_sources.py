@@ -124,7 +124,9 @@ def test_http_errors(server):
         ValueError, match=r"^Expected image 3 at a URL that answers, got '.*/secret': 403 Forbidden\.$"
     ):
         load_picture(f"{server}/secret", what="image 3")
-    with pytest.raises(ValueError, match=r"^Expected image 3 with content, got http://127\.0\.0\.1:.*: it is empty\.$"):
+    with pytest.raises(
+        ValueError, match=r"^Expected image 3 with content, got http://127\.0\.0\.1:.*: it is empty\.$"
+    ):
         load_picture(f"{server}/empty.png", what="image 3")
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from tests.media import numbered_picture, read_number, write_clip
-from videollama3.processing.media_requests import PixelSettings, encode_request, request_sizes
+from videollama3.processing.media_requests import PixelSettings, encode_request, estimate_request
 from videollama3.processing.planned_media import (
     SampledVideoMetadata,
     VideoOptions,
@@ -502,8 +502,8 @@ def test_limits_of_a_request_and_of_one_video(clip):
 def test_limits_hold_or_raise_without_resizing():
     fixed = PixelSettings(**{**vars(SETTINGS), "do_resize": False})
     frames = np.zeros((3, 56, 84, 3), dtype=np.uint8)
-    sizes = request_sizes([plan(frames)], image=fixed, video=fixed, max_visual_tokens=18)
-    assert sizes == [(56, 84)]
+    (item,) = estimate_request([plan(frames)], image=fixed, video=fixed, max_visual_tokens=18).items
+    assert (item.height, item.width, item.num_visual_tokens) == (56, 84, 18)
     with pytest.raises(
         ValueError, match=r"^Expected the request within max_visual_tokens=17, got 18 visual tokens: turn do_resize on"
     ):

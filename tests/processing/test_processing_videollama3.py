@@ -8,7 +8,12 @@ import torch
 from PIL import Image
 
 from tests.media import numbered_picture, write_clip
-from videollama3 import VideoLlama3ForCausalLM, VideoLlama3ImageProcessor, VideoLlama3Processor, VideoLlama3VideoProcessor
+from videollama3 import (
+    VideoLlama3ForCausalLM,
+    VideoLlama3ImageProcessor,
+    VideoLlama3Processor,
+    VideoLlama3VideoProcessor,
+)
 from videollama3.processing.prompt_tokens import CHAT_TEMPLATE
 from videollama3.random_checkpoint import build_random
 
@@ -56,9 +61,7 @@ def test_the_three_call_forms_agree(processor, clip, image):
     )
     by_conversation = processor(conversation=authors, add_generation_prompt=True, return_tensors="pt")
     text = processor.apply_chat_template(conversation, add_generation_prompt=True)
-    assert text == (
-        "<|im_start|>user\n<|video_pad|>\n<|image_pad|>\nWhat?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert text == ("<|im_start|>user\n<|video_pad|>\n<|image_pad|>\nWhat?<|im_end|>\n<|im_start|>assistant\n")
     by_text = processor(text=text, images=image, videos=clip, return_tensors="pt")
     same(by_template, by_conversation)
     same(by_template, by_text)
@@ -188,7 +191,9 @@ def test_padding_side(processor):
     assert forced["attention_mask"][0, -1] == 0
     multiple = processor(conversation=rows, padding="max_length", max_length=33, pad_to_multiple_of=8)
     assert {len(ids) for ids in multiple["input_ids"]} == {40}
-    with pytest.raises(ValueError, match=r"rows of one length for return_tensors='pt', got \[\d+, \d+\]: pass padding"):
+    with pytest.raises(
+        ValueError, match=r"rows of one length for return_tensors='pt', got \[\d+, \d+\]: pass padding"
+    ):
         processor(conversation=rows, return_tensors="pt")
 
 
@@ -215,11 +220,19 @@ def test_text_call_deals_media_to_rows(processor, clip, image):
 @pytest.mark.parametrize(
     ("text", "media", "message"),
     [
-        ("no marker", {"images": 1}, r"one image for each <\|image_pad\|> in `text`, got 0 placeholder\(s\) and 1 image"),
+        (
+            "no marker",
+            {"images": 1},
+            r"one image for each <\|image_pad\|> in `text`, got 0 placeholder\(s\) and 1 image",
+        ),
         ("<|image_pad|><|image_pad|>", {"images": 1}, r"got 2 placeholder\(s\) and 1 image\(s\)"),
         ("<|image_pad|>", {}, r"got 1 placeholder\(s\) and 0 image\(s\)"),
         ("<|video_pad|>", {"images": 1}, r"got 0 placeholder\(s\) and 1 image\(s\)"),
-        ("<|video_pad|>", {}, r"one video for each <\|video_pad\|> in `text`, got 1 placeholder\(s\) and 0 video\(s\)"),
+        (
+            "<|video_pad|>",
+            {},
+            r"one video for each <\|video_pad\|> in `text`, got 1 placeholder\(s\) and 0 video\(s\)",
+        ),
     ],
 )
 def test_wrong_number_of_media(processor, image, text, media, message):
@@ -240,7 +253,7 @@ def test_bad_calls(processor, clip):
         processor(text="x", conversation=user("x"))
     with pytest.raises(TypeError, match=r"Expected options among .*; got max_frame\."):
         processor(text="x", max_frame=3)
-    with pytest.raises(ValueError, match="return_tensors='pt' .* got 'np'"):
+    with pytest.raises(ValueError, match=r"return_tensors='pt' .* got 'np'"):
         processor(text="x", return_tensors="np")
     with pytest.raises(ValueError, match=r"message 0, part 0 with its video, got a placeholder only"):
         processor(conversation=user({"type": "video"}))
@@ -248,7 +261,7 @@ def test_bad_calls(processor, clip):
         processor(conversation=user(video_part("no.mp4")))
     with pytest.raises(FileNotFoundError, match=r"row 1, message 0, part 0 \(image\)"):
         processor(conversation=[user("x"), user(image_part("no.png"))])
-    with pytest.raises(ValueError, match="positive finite number .* got nan"):
+    with pytest.raises(ValueError, match=r"positive finite number .* got nan"):
         processor(conversation=user(video_part(clip, fps=float("nan"))))
     with pytest.raises(ValueError, match="max_frames as a positive integer, got 0"):
         processor(conversation=user(video_part(clip)), max_frames=0)
@@ -288,7 +301,9 @@ def test_pruning_options(processor, tmp_path):
     assert pruned["video_compression_mask"].sum() < per_frame + frames * 4
     whole = processor(conversation=conversation, use_token_compression=False, return_tensors="pt")
     assert whole["video_compression_mask"].all()
-    strict = processor(conversation=conversation, compression_threshold=1e9, compression_min_tokens=3, return_tensors="pt")
+    strict = processor(
+        conversation=conversation, compression_threshold=1e9, compression_min_tokens=3, return_tensors="pt"
+    )
     assert strict["video_compression_mask"].view(frames, -1).sum(1).tolist() == [per_frame] + [3] * (frames - 1)
 
 
@@ -311,7 +326,7 @@ def test_metadata_on_request(processor, clip):
 
 
 def test_save_and_load(tmp_path, tiny, clip):
-    model, processor = tiny
+    _, processor = tiny
     custom = VideoLlama3Processor(
         VideoLlama3ImageProcessor(max_tokens=99, merge_size=2),
         processor.tokenizer,
@@ -325,7 +340,9 @@ def test_save_and_load(tmp_path, tiny, clip):
         assert getattr(loaded, part).to_dict() == saved
     assert loaded.chat_template == custom.chat_template
     conversation = user(video_part(clip), "?")
-    same(custom(conversation=conversation, return_tensors="pt"), loaded(conversation=conversation, return_tensors="pt"))
+    same(
+        custom(conversation=conversation, return_tensors="pt"), loaded(conversation=conversation, return_tensors="pt")
+    )
     overridden = VideoLlama3Processor.from_pretrained(tmp_path, max_frames=3)
     assert overridden.video_processor.max_frames == 3
 

@@ -32,6 +32,19 @@ from .torch_varlen import TORCH_VARLEN, check_varlen, torch_varlen_attention, va
 MAX_ACTIVATION_BYTES_PER_CHUNK = 512 * 2**20
 
 
+# On the CPU, rows of temporaries that fit its caches: measured, memory fresh from the system costs more than the
+# arithmetic on it.
+_ROTARY_ROWS_PER_BLOCK = 128
+_MLP_ROWS_PER_BLOCK = 1024
+
+
+def row_blocks(rows: torch.Tensor, rows_per_block: int) -> list[slice]:
+    """Slices that cover the first dimension: blocks for inference on the CPU, else one of everything."""
+    if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return [slice(None)]
+    return [slice(start, start + rows_per_block) for start in range(0, rows.shape[0], rows_per_block)]
+
+
 class DefaultAttention(str):
     """Name of an attention implementation that nobody asked for; equal to the plain name."""
 
@@ -96,8 +109,10 @@ def apply_rotary(states_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.T
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return turned.to(states_THD.dtype)
     result = torch.empty_like(states_THD)
-    result[..., :half] = first * cos - second * sin
-    result[..., half:] = second * cos + first * sin
+    for rows in row_blocks(states_THD, _ROTARY_ROWS_PER_BLOCK):
+        x, y, c, s = first[rows].float(), second[rows].float(), cos[rows], sin[rows]
+        result[rows, :, :half] = x * c - y * s
+        result[rows, :, half:] = y * c + x * s
     return result
 
 
@@ -209,6 +224,15 @@ class VideoLlama3VisionMLP(nn.Module):
 
     def forward(self, hidden_TC: torch.Tensor) -> torch.Tensor:
         """(T, C) -> (T, C)."""
+        blocks = row_blocks(hidden_TC, _MLP_ROWS_PER_BLOCK)
+        if len(blocks) == 1:
+            return self._map(hidden_TC)
+        result = torch.empty_like(hidden_TC)
+        for rows in blocks:
+            result[rows] = self._map(hidden_TC[rows])
+        return result
+
+    def _map(self, hidden_TC: torch.Tensor) -> torch.Tensor:
         activated = linear_then_gelu_tanh(self.fc1, hidden_TC) if self.is_gelu_tanh else None
         if activated is None:
             activated = self.activation_fn(self.fc1(hidden_TC))
@@ -328,7 +352,7 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=tokens if repeated is None else tokens[repeated])
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """transformers' check, which also lets "torch_varlen" pass where the package is not imported.
+        """Transformers' check, which also lets "torch_varlen" pass where the package is not imported.
 
         Args:
             requested_attention: name of an implementation; None for the default, which stays marked as such.

@@ -84,9 +84,7 @@ def read_conversation(messages: Any) -> Conversation:
         plain = {key: value for key, value in message.items() if value is not None}
         content = plain.get("content", "")
         if not isinstance(content, str):
-            content = [
-                _read_part(part, f"message {i}, part {k}", media) for k, part in enumerate(_parts(content, i))
-            ]
+            content = [_read_part(part, f"message {i}, part {k}", media) for k, part in enumerate(_parts(content, i))]
         result.append({**plain, "content": content})
     return Conversation(result, media)
 

@@ -77,7 +77,9 @@ def _open_string(source: str, what: str) -> str | BinaryIO:
     if not os.path.exists(path):
         raise FileNotFoundError(f"Expected {what} at an existing path, got {describe(path)!r}: no such file.")
     if not os.path.isfile(path) and not os.path.isdir(path):
-        raise ValueError(f"Expected {what} as a file or a folder, got {describe(path)!r}, which is a device or a pipe.")
+        raise ValueError(
+            f"Expected {what} as a file or a folder, got {describe(path)!r}, which is a device or a pipe."
+        )
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         raise ValueError(f"Expected {what} with content, got {describe(path)!r}: the file is empty.")
     return path

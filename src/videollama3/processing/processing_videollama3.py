@@ -35,9 +35,9 @@ from .prompt_tokens import (
     VIDEO_PLACEHOLDER,
     Piece,
     PromptTokenizer,
-    TokenizedPrompt,
     timestamp_text,
 )
+from .token_rows import batch_rows, truncate_row
 from .video_processing_videollama3 import (
     PER_VIDEO_OPTIONS,
     VideoLlama3VideoProcessor,
@@ -119,7 +119,7 @@ class VideoLlama3Processor(ProcessorMixin):
         if argument_name in ("image_processor", "video_processor"):
             if not hasattr(argument, "preprocess") or not hasattr(argument, "settings"):
                 raise TypeError(
-                    f"Expected {argument_name} as VideoLlama3{'Image' if argument_name[0] == 'i' else 'Video'}Processor, "
+                    f"Expected {argument_name} as one of this package's image and video processors, "
                     f"got {type(argument).__name__}."
                 )
             return type(argument)
@@ -209,7 +209,10 @@ class VideoLlama3Processor(ProcessorMixin):
                 add_generation_prompt=add_generation_prompt,
             )
         if text is None:
-            raise ValueError("Expected `text` or `conversation`, got neither (for media alone call image_processor or video_processor).")
+            raise ValueError(
+                "Expected `text` or `conversation`, got neither (for media alone call image_processor or "
+                "video_processor)."
+            )
         return self._process_texts(text, images, videos, options)
 
     def apply_chat_template(
@@ -360,9 +363,13 @@ class VideoLlama3Processor(ProcessorMixin):
         for group in _GROUPS:
             group_options = dict(given.get(group) or {})
             if group == "images_kwargs":
-                group_options = {f"image_{key}" if key in _IMAGE_SETTINGS else key: v for key, v in group_options.items()}
+                group_options = {
+                    f"image_{key}" if key in _IMAGE_SETTINGS else key: v for key, v in group_options.items()
+                }
             if group == "videos_kwargs":
-                group_options = {f"video_{key}" if key in _VIDEO_SETTINGS else key: v for key, v in group_options.items()}
+                group_options = {
+                    f"video_{key}" if key in _VIDEO_SETTINGS else key: v for key, v in group_options.items()
+                }
             options.update(group_options)
         options.update({key: value for key, value in given.items() if key not in _GROUPS})
         known = {*_OPTIONS, *(f"image_{key}" for key in _IMAGE_SETTINGS), *(f"video_{key}" for key in _VIDEO_SETTINGS)}
@@ -400,7 +407,9 @@ class VideoLlama3Processor(ProcessorMixin):
     def _process_conversations(
         self, conversation: Any, options: dict[str, Any], *, chat_template: str | None, **variables: Any
     ) -> BatchFeature:
-        batch = [read_conversation(messages) for messages in (conversation if is_batch(conversation) else [conversation])]
+        batch = [
+            read_conversation(messages) for messages in (conversation if is_batch(conversation) else [conversation])
+        ]
         rows = []
         media: list[EncodedMedia] = []
         # Prompts first: a broken template or part shows before minutes of decoding.
@@ -433,11 +442,16 @@ class VideoLlama3Processor(ProcessorMixin):
             raise TypeError(f"Expected `text` as a string or a non-empty list of strings, got {text!r:.80}.")
         rows = [self._prompts.split(item) for item in texts]
         image_markers = [
-            sum(p.token_id is not None and p.text in (IMAGE_PLACEHOLDER, OFFICIAL_PLACEHOLDER) for p in row) for row in rows
+            sum(p.token_id is not None and p.text in (IMAGE_PLACEHOLDER, OFFICIAL_PLACEHOLDER) for p in row)
+            for row in rows
         ]
         video_markers = [sum(p.token_id is not None and p.text == VIDEO_PLACEHOLDER for p in row) for row in rows]
-        image_sources = _deal(image_rows(images) if images is not None else [], image_markers, "image", IMAGE_PLACEHOLDER)
-        video_sources = _deal(video_rows(videos) if videos is not None else [], video_markers, "video", VIDEO_PLACEHOLDER)
+        image_sources = _deal(
+            image_rows(images) if images is not None else [], image_markers, "image", IMAGE_PLACEHOLDER
+        )
+        video_sources = _deal(
+            video_rows(videos) if videos is not None else [], video_markers, "video", VIDEO_PLACEHOLDER
+        )
         num_videos = sum(video_markers)
         records = iter(split_per_video(options.get("video_metadata"), num_videos, what="video_metadata"))
         labels = iter(split_timestamps(options.get("timestamps"), num_videos))
@@ -484,8 +498,9 @@ class VideoLlama3Processor(ProcessorMixin):
             name = f"{prefix}{reference.where}"
             if reference.source is None:
                 raise ValueError(
-                    f"Expected {name} with its {reference.kind}, got a placeholder only: give a source (`path`, `url`, "
-                    f"`{reference.kind}`), or render with tokenize=False and pass {reference.kind}s with the text."
+                    f"Expected {name} with its {reference.kind}, got a placeholder only: give a source (`path`, "
+                    f"`url`, `{reference.kind}`), or render with tokenize=False and pass "
+                    f"{reference.kind}s with the text."
                 )
             if reference.kind == "image":
                 planned.append(plan_image(reference.source, name=f"{name} (image)" if "part" in name else name))
@@ -513,81 +528,30 @@ class VideoLlama3Processor(ProcessorMixin):
         return expanded
 
     def _finish(self, rows: list[list[Piece]], media: list[EncodedMedia], options: dict[str, Any]) -> BatchFeature:
-        prompts = [self._truncate(self._prompts.tokenize(row), row_index, options) for row_index, row in enumerate(rows)]
+        limit = None
+        if options.get("truncation", "do_not_truncate") not in (False, "do_not_truncate"):
+            limit = options.get("max_length") or self.tokenizer.model_max_length
+        kinds = {self.image_token_id: 1, self.video_token_id: 2}
+        prompts = [
+            truncate_row(self._prompts.tokenize(row), row=i, limit=limit, placeholders=kinds)
+            for i, row in enumerate(rows)
+        ]
         side = options.get("padding_side")
         if side is None and all(self._prompts.ends_with_generation_prompt(row) for row in rows):
             # Generation continues at the end of each row.
             side = "left"
-        data: dict[str, Any] = self._pad(prompts, side, options)
+        data = batch_rows(
+            prompts,
+            pad_token_id=self.tokenizer.pad_token_id,
+            padding_side=side or self.tokenizer.padding_side,
+            kinds=kinds,
+            options=options,
+        )
         data.update(to_image_tensors(media))
         data.update(to_video_tensors(media))
         if options.get("return_metadata"):
             data["video_metadata"] = [item.metadata for item in media if item.kind == "video"]
         return BatchFeature(data)
-
-    def _truncate(self, prompt: TokenizedPrompt, row: int, options: dict[str, Any]) -> TokenizedPrompt:
-        limit = options.get("max_length")
-        if not options.get("truncation") or options["truncation"] == "do_not_truncate":
-            return prompt
-        limit = limit or self.tokenizer.model_max_length
-        if len(prompt.input_ids) <= limit:
-            return prompt
-        cut = prompt.input_ids[limit:]
-        if self.image_token_id in cut or self.video_token_id in cut:
-            raise ValueError(
-                f"Expected row {row} to fit max_length={limit} without cutting visual tokens, got {len(prompt.input_ids)} "
-                "tokens: raise max_length, or lower max_frames or max_visual_tokens."
-            )
-        return TokenizedPrompt(prompt.input_ids[:limit], prompt.assistant_mask[:limit])
-
-    def _pad(self, prompts: list[TokenizedPrompt], side: str | None, options: dict[str, Any]) -> dict[str, Any]:
-        rows: dict[str, list[list[int]]] = {
-            "input_ids": [prompt.input_ids for prompt in prompts],
-            "attention_mask": [[1] * len(prompt.input_ids) for prompt in prompts],
-        }
-        fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0}
-        if options.get("return_assistant_tokens_mask"):
-            rows["assistant_masks"] = [prompt.assistant_mask for prompt in prompts]
-            fill["assistant_masks"] = 0
-        if options.get("return_mm_token_type_ids"):
-            kinds = {self.image_token_id: 1, self.video_token_id: 2}
-            rows["mm_token_type_ids"] = [[kinds.get(i, 0) for i in prompt.input_ids] for prompt in prompts]
-            fill["mm_token_type_ids"] = 0
-        length = self._padded_length([len(prompt.input_ids) for prompt in prompts], options)
-        if length is not None:
-            if fill["input_ids"] is None:
-                raise ValueError("Expected a tokenizer with a pad token to pad a batch, got none.")
-            left = (side or self.tokenizer.padding_side) == "left"
-            for name, values in rows.items():
-                for i, value in enumerate(values):
-                    padding = [fill[name]] * (length - len(value))
-                    values[i] = padding + value if left else value + padding
-        if options.get("return_attention_mask") is False:
-            del rows["attention_mask"]
-        if options.get("return_tensors") != "pt":
-            return dict(rows)
-        if len({len(ids) for ids in rows["input_ids"]}) > 1:
-            raise ValueError(
-                f"Expected rows of one length for return_tensors='pt', got {[len(ids) for ids in rows['input_ids']]}: "
-                "pass padding=True."
-            )
-        return {name: torch.tensor(values, dtype=torch.int64) for name, values in rows.items()}
-
-    @staticmethod
-    def _padded_length(lengths: list[int], options: dict[str, Any]) -> int | None:
-        padding = options.get("padding", False)
-        if padding in (False, "do_not_pad"):
-            return None
-        longest = max(lengths)
-        if padding == "max_length":
-            limit = options.get("max_length")
-            if limit is None:
-                raise ValueError("Expected max_length together with padding='max_length', got none.")
-            longest = max(longest, limit)
-        elif padding not in (True, "longest"):
-            raise ValueError(f"Expected padding True, 'longest', 'max_length' or False, got {padding!r}.")
-        multiple = options.get("pad_to_multiple_of") or 1
-        return -(-longest // multiple) * multiple
 
 
 def _is_option(name: str) -> bool:
@@ -605,8 +569,8 @@ def _deal(rows: list[list[Any]], counts: list[int], kind: str, marker: str) -> l
     if len(flat) != sum(counts) or (nested and [len(row) for row in rows] != counts):
         given = [len(row) for row in rows] if nested else len(flat)
         raise ValueError(
-            f"Expected one {kind} for each {marker} in `text`, got {counts if nested else sum(counts)} placeholder(s) and "
-            f"{given} {kind}(s)."
+            f"Expected one {kind} for each {marker} in `text`, got {counts if nested else sum(counts)} "
+            f"placeholder(s) and {given} {kind}(s)."
         )
     dealt = []
     start = 0
@@ -618,7 +582,11 @@ def _deal(rows: list[list[Any]], counts: list[int], kind: str, marker: str) -> l
 
 def _official_compression(name_or_path: Any, hub: dict[str, Any]) -> dict[str, Any]:
     """Whether an official checkpoint prunes: its model configuration says so."""
-    arguments = {key: value for key, value in hub.items() if key in ("cache_dir", "token", "revision", "local_files_only", "subfolder")}
+    arguments = {
+        key: value
+        for key, value in hub.items()
+        if key in ("cache_dir", "token", "revision", "local_files_only", "subfolder")
+    }
     path = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **arguments)
     if path is None or not os.path.isfile(path):
         return {}

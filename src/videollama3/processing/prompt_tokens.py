@@ -102,7 +102,9 @@ def mark_strings(value: Any, first_characters: str, mark: str) -> Any:
         return value
     if isinstance(value, dict):
         return {
-            key: item if key in ("role", "type") and not _has(item, first_characters) else mark_strings(item, first_characters, mark)
+            key: item
+            if key in ("role", "type") and not _has(item, first_characters)
+            else mark_strings(item, first_characters, mark)
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):

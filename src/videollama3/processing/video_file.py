@@ -58,8 +58,8 @@ class Deadline:
         """Raises TimeoutError when the time is over."""
         if time.monotonic() > self._end:
             raise TimeoutError(
-                f"Expected to read {self._name} within {self._seconds:g} seconds, which are over: the file is damaged, "
-                "or the limit (`max_read_seconds`) too low for it."
+                f"Expected to read {self._name} within {self._seconds:g} seconds, which are over: the file is "
+                "damaged, or the limit (`max_read_seconds`) too low for it."
             )
 
 
@@ -108,7 +108,8 @@ def open_video(
             raise ValueError(f"Expected {name} in a format that can be decoded, got an unknown one.")
         if codec.width * codec.height > limits.max_pixels:
             raise ValueError(
-                f"Expected {name} with at most {limits.max_pixels} pixels per frame, got {codec.width} x {codec.height}."
+                f"Expected {name} with at most {limits.max_pixels} pixels per frame, got "
+                f"{codec.width} x {codec.height}."
             )
         # The same for sizes that change on the way.
         codec.options = {"max_pixels": str(limits.max_pixels)}

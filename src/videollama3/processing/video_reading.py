@@ -187,9 +187,7 @@ def _decode_chosen(plan: VideoPlan) -> Iterator[tuple[int, Any]]:
     yield from _decode_linearly(plan, wanted[done:], deadline)
 
 
-def _decode_linearly(
-    plan: VideoPlan, wanted: npt.NDArray[np.int64], deadline: Deadline
-) -> Iterator[tuple[int, Any]]:
+def _decode_linearly(plan: VideoPlan, wanted: npt.NDArray[np.int64], deadline: Deadline) -> Iterator[tuple[int, Any]]:
     """(index, frame) of the wanted frames, decoding everything before them and checking every time."""
     remaining = iter(wanted.tolist())
     target = next(remaining, None)
