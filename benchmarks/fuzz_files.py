@@ -214,11 +214,8 @@ class Reader:
 
 def work() -> None:
     """Answers each line of standard input (a path and a sampling) with an outcome."""
-    import av.logging
-
     import videollama3  # noqa: F401 - its import is the slow part
 
-    av.logging.set_level(av.logging.PANIC)
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
