@@ -331,3 +331,22 @@ def test_no_auto_class_asks_a_question(golden_folder):
         "VideoLlama3ImageProcessor",
     ]
     assert result.stdout.split() == names * 3
+
+
+def test_mean_and_std_of_uint8_pixels_come_from_the_preprocessor(tmp_path, golden_folder):
+    folder = tmp_path / "official"
+    shutil.copytree(golden_folder / "ckpt", folder)
+    stored = json.loads((folder / "preprocessor_config.json").read_text())
+    stored["image_mean"], stored["image_std"] = [0.4, 0.5, 0.6], [0.3, 0.2, 0.1]
+    (folder / "preprocessor_config.json").write_text(json.dumps(stored))
+    for config in (VideoLlama3Config.from_pretrained(folder), AutoConfig.from_pretrained(folder)):
+        assert config.vision_config.image_mean == [0.4, 0.5, 0.6]
+        assert config.vision_config.image_std == [0.3, 0.2, 0.1]
+    whole = json.loads((folder / "config.json").read_text())
+    whole["vision_encoder_config"]["image_mean"] = [0.5, 0.5, 0.5]
+    (folder / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(
+        ValueError,
+        match=r"vision_config\.image_mean to be the preprocessor's, \[0\.4, 0\.5, 0\.6\], got \[0\.5, 0\.5, 0\.5\]",
+    ):
+        VideoLlama3Config.from_pretrained(folder)

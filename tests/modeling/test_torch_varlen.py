@@ -45,7 +45,9 @@ def _kernel_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=
     return _loop(query, key, value, cu_seq_q, scale=query.shape[2] ** -0.5, causal=is_causal)
 
 
-def _kernel_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+def _kernel_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
     assert query.shape[1] == key.shape[1]
     assert query.shape[2] % 8 == 0
     return _loop(query, key, value, cu_seq_q, scale=scale, causal=window_size == (-1, 0))
@@ -245,9 +247,7 @@ def test_the_kernel_on_a_card_equals_a_loop(dtype):
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(1, 4, 24, 72, generator=generator).to("cuda", dtype).requires_grad_() for _ in range(3)]
     bounds = torch.tensor(BOUNDS, dtype=torch.int32, device="cuda")
-    output, _ = torch_varlen_attention(
-        nn.Module(), *states, None, 72**-0.5, 0.0, False, bounds, bounds, 9, 9
-    )
+    output, _ = torch_varlen_attention(nn.Module(), *states, None, 72**-0.5, 0.0, False, bounds, bounds, 9, 9)
     expected = _loop(*(s.detach()[0].transpose(0, 1) for s in states), bounds, scale=72**-0.5, causal=False)
     # Rounding of the output to 8 bits of values up to 3; not yet measured on a card.
     torch.testing.assert_close(output[0], expected, atol=0.03, rtol=0.02)

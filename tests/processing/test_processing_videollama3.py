@@ -407,3 +407,11 @@ def test_bytes_and_file_objects(processor, clip):
     expected = processor(conversation=user(video_part(clip)), return_tensors="pt")
     same(expected, processor(conversation=user(video_part(data)), return_tensors="pt"))
     same(expected, processor(conversation=user(video_part(io.BytesIO(data))), return_tensors="pt"))
+
+
+def test_uint8_pixels_with_settings_that_the_model_does_not_know(processor, image):
+    for settings in ({"do_normalize": False}, {"do_rescale": False}):
+        with pytest.raises(
+            ValueError, match=r"with pixel_dtype='uint8', where the model does this; got other settings"
+        ):
+            processor(conversation=user(image_part(image)), pixel_dtype="uint8", **settings)

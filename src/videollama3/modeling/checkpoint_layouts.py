@@ -79,21 +79,25 @@ def to_plugin_config(
     Args:
         config: the content of a `config.json` of any of the three layouts.
         name_or_path: folder or Hub id that the configuration came from; the official layout does not record
-            the ids of `<|image_pad|>` and `<|video_pad|>`, they are looked up in its tokenizer files.
+            the ids of `<|image_pad|>` and `<|video_pad|>`, they are looked up in its tokenizer files. The
+            mean and std that uint8 pixels are normalised with come from its preprocessor's file.
         download_options: `revision`, `subfolder`, `cache_dir` and the like, for those files.
 
     Returns:
-        A new dictionary; one that already has this package's layout comes back unchanged.
+        A new dictionary; one that already has this package's layout comes back with the same meaning.
 
     Raises:
-        ValueError: for an official configuration with a projector other than `mlp2x_gelu`.
+        ValueError: for an official configuration with a projector other than `mlp2x_gelu`, and where the
+            configuration's mean or std are not the preprocessor's.
     """
     model_type = config.get("model_type")
     if model_type == OFFICIAL_MODEL_TYPE:
-        return _plugin_from_official(config, name_or_path, download_options)
-    if model_type == NATIVE_MODEL_TYPE:
-        return _plugin_from_native(config)
-    return config
+        config = _plugin_from_official(config, name_or_path, download_options)
+    elif model_type == NATIVE_MODEL_TYPE:
+        config = _plugin_from_native(config)
+    if name_or_path is None or config.get("model_type") != PLUGIN_MODEL_TYPE:
+        return config
+    return _with_pixel_statistics(config, name_or_path, download_options)
 
 
 def to_plugin_vision_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +149,27 @@ def _plugin_from_native(config: dict[str, Any]) -> dict[str, Any]:
     text = config.get("text_config") or {}
     plugin["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     return plugin
+
+
+def _with_pixel_statistics(
+    config: dict[str, Any], name_or_path: str, download_options: dict[str, Any]
+) -> dict[str, Any]:
+    """Fills the vision configuration's mean and std from the preprocessor saved with it."""
+    processor = _read_json(name_or_path, "processor_config.json", download_options) or {}
+    stored = processor.get("image_processor")
+    if not isinstance(stored, dict):
+        stored = _read_json(name_or_path, "preprocessor_config.json", download_options) or {}
+    vision = dict(config.get("vision_config") or {})
+    for name in ("image_mean", "image_std"):
+        wanted = stored.get(name)
+        if not isinstance(wanted, (list, tuple)):
+            continue
+        if list(vision.setdefault(name, list(wanted))) != list(wanted):
+            raise ValueError(
+                f"Expected vision_config.{name} to be the preprocessor's, {list(wanted)}, got {vision[name]}"
+                f"{_where(name_or_path)}: uint8 pixels would be normalised otherwise than floats."
+            )
+    return {**config, "vision_config": vision}
 
 
 def _placeholder_ids(

@@ -215,7 +215,8 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
         Args:
             input_ids: int64 (batch, sequence), with one placeholder per kept visual token.
             attention_mask: int64 (batch, sequence), 0 at padding.
-            position_ids: int64 (batch, sequence).
+            position_ids: int64 (batch, sequence). Where they restart, a further document begins that sees
+                nothing of those before it in its row.
             past_key_values: cache to read and extend.
             inputs_embeds: (batch, sequence, width) instead of `input_ids`; not together with media.
             use_cache: whether to return a cache.
@@ -228,10 +229,12 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             video_compression_mask: bool (visual tokens of all videos,), True = kept.
             media_expand_size: every row of `input_ids` stands this many times in a row while its media are
                 given once (beam search, several return sequences).
-            kwargs: handed to the language model.
+            kwargs: handed to the language model; among them `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
+                `max_length_k`, the bounds of documents for kernels of packed sequences.
 
         Raises:
-            ValueError: when placeholders and features do not match in number.
+            ValueError: when placeholders and features do not match in number; when documents are packed and a
+                cache is asked for.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
@@ -248,6 +251,10 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             inputs_embeds = self._embed(input_ids, image_features, video_features, media_expand_size)
         elif image_features is not None or video_features is not None:
             raise ValueError("Expected input_ids together with pixel values (placeholders are found by id).")
+        if past_key_values is None and holds_documents(position_ids, attention_mask):
+            self._check_documents(inputs_embeds, use_cache)
+            # transformers keeps documents apart only where there is neither a mask nor a cache.
+            attention_mask, use_cache = None, False
         outputs = self.language_model(
             input_ids=None,
             attention_mask=attention_mask,
@@ -266,6 +273,19 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             image_hidden_states=image_features,
             video_hidden_states=video_features,
         )
+
+    def _check_documents(self, inputs_embeds: torch.Tensor | None, use_cache: bool | None) -> None:
+        if use_cache:
+            raise ValueError(
+                "Expected use_cache=False (or None) for rows whose position_ids restart, got True: a cache of "
+                "several documents cannot be continued."
+            )
+        implementation = self.config.text_config._attn_implementation
+        if "flash" in implementation and inputs_embeds is not None and inputs_embeds.shape[0] != 1:
+            raise ValueError(
+                f"Expected one row of documents for {implementation}, got {inputs_embeds.shape[0]} rows: pack them "
+                'into one, or choose "sdpa".'
+            )
 
     def _embed(
         self,
@@ -288,6 +308,31 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
                 features = _expand(features, where, expand_size).to(embeds.device, embeds.dtype)
                 embeds = embeds.masked_scatter(where.unsqueeze(-1).to(embeds.device), features)
         return embeds
+
+
+def holds_documents(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> bool:
+    """Whether a row holds several documents, one after the other: its positions restart among its tokens.
+
+    Two documents and padding on the right, which is dropped with the mask since no token looks there:
+
+        position_ids    0 1 2 0 1 2 3 0 0
+        attention_mask  1 1 1 1 1 1 1 0 0
+
+    Args:
+        position_ids: int64 (batch or 1, sequence).
+        attention_mask: (batch, sequence), 0 at padding. Rows padded on the left hold one document: the
+            positions of their padding say nothing.
+    """
+    if position_ids is None or position_ids.ndim != 2 or torch.compiler.is_compiling():
+        return False
+    restarts = position_ids.diff(dim=-1) <= 0
+    if attention_mask is None:
+        return bool(restarts.any())
+    if attention_mask.ndim != 2 or attention_mask.shape[-1] != position_ids.shape[-1]:
+        return False
+    is_token = attention_mask.to(device=restarts.device, dtype=torch.bool)
+    padded_left = (~is_token[:, :-1] & is_token[:, 1:]).any()
+    return bool((restarts & is_token[:, 1:]).any() & ~padded_left)
 
 
 def _check_counts(where: torch.Tensor, features: torch.Tensor, *, name: str, token_id: int) -> None:

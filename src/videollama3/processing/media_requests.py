@@ -125,6 +125,8 @@ def encode_request(
     if pixel_dtype not in ("float32", "uint8"):
         raise ValueError(f"Expected pixel_dtype 'float32' or 'uint8', got {pixel_dtype!r}.")
     items = list(items)
+    if pixel_dtype == "uint8":
+        _check_raw_pixels(image, video)
     while True:
         settings = [image if item.kind == "image" else video for item in items]
         sizes = _sizes(items, settings, max_visual_tokens)
@@ -143,6 +145,19 @@ def encode_request(
             if replan is None:
                 raise ValueError(f"{error} The file is damaged.") from error
             items[failed] = replan()
+
+
+def _check_raw_pixels(image: PixelSettings, video: PixelSettings) -> None:
+    """The model normalises raw pixels by one mean and std: nothing else can be asked for them."""
+    usual = all(
+        settings.do_rescale and settings.do_normalize and abs(settings.rescale_factor - 1 / 255) < 1e-9
+        for settings in (image, video)
+    )
+    if not usual or (image.image_mean, image.image_std) != (video.image_mean, video.image_std):
+        raise ValueError(
+            "Expected do_rescale by 1 / 255, do_normalize, and one image_mean and image_std for images and videos "
+            "with pixel_dtype='uint8', where the model does this; got other settings: use pixel_dtype='float32'."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

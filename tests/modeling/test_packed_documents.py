@@ -1,0 +1,206 @@
+"""Several documents in one row: positions that restart keep them apart, with media, on every backend."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import videollama3
+from videollama3.modeling.modeling_videollama3 import holds_documents
+
+from .tiny import IMAGE, VIDEO, image_and_video_request, images, prompt, text, tiny_config, videos
+
+BACKENDS = ["eager", "sdpa"]
+
+
+@pytest.fixture(params=BACKENDS)
+def packing_model(request):
+    torch.manual_seed(0)
+    model = videollama3.VideoLlama3ForCausalLM._from_config(tiny_config(), attn_implementation=request.param).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Larger than fresh weights, so that attention is far from uniform.
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture
+def documents():
+    """Three documents of unequal lengths: text; image and video; video."""
+    video = videos([[2, 2, 4]], [2], seed=9)
+    second = image_and_video_request()
+    third = {**prompt(text(3, 11), (VIDEO, 4), text(4, 12)), **video}
+    return [prompt(text(7, 10)), second, third]
+
+
+def _pack(documents, **extra):
+    """One row: ids and media one after the other, positions from 0 in each."""
+    row = {
+        "input_ids": torch.cat([document["input_ids"] for document in documents], dim=1),
+        "position_ids": torch.cat([torch.arange(d["input_ids"].shape[1]) for d in documents]).unsqueeze(0),
+    }
+    for name in sorted({name for document in documents for name in document} - {"input_ids", "attention_mask"}):
+        row[name] = torch.cat(
+            [
+                # A video without a mask keeps all of its tokens.
+                document.get(name, torch.ones(4, dtype=torch.bool))
+                for document in documents
+                if name in document or (name == "video_compression_mask" and "pixel_values_videos" in document)
+            ]
+        )
+    return {**row, **extra}
+
+
+def _lengths(documents):
+    return [document["input_ids"].shape[1] for document in documents]
+
+
+def _with_mask(row, form):
+    length = row["input_ids"].shape[1]
+    return {"none": {}, "ones": {"attention_mask": torch.ones(1, length, dtype=torch.long)}}[form]
+
+
+@pytest.mark.parametrize("form", ["none", "ones"])
+@torch.no_grad()
+def test_documents_equal_their_single_runs(packing_model, documents, form):
+    row = _pack(documents)
+    logits = packing_model(**row, **_with_mask(row, form)).logits
+    for packed, document in zip(logits.split(_lengths(documents), dim=1), documents, strict=True):
+        # Measured worst case 5e-6 of 6 (other shapes round otherwise); a document that sees another is off by 1.
+        torch.testing.assert_close(packed, packing_model(**document).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["none", "ones"])
+@torch.no_grad()
+def test_a_changed_document_moves_no_other(packing_model, documents, form):
+    row = _pack(documents)
+    before = packing_model(**row, **_with_mask(row, form)).logits
+    # Another text in the first document, other pixels in the second.
+    row["input_ids"] = row["input_ids"].clone()
+    row["input_ids"][:, :7] = text(7, 99)
+    row["pixel_values"] = row["pixel_values"] + 0.5
+    after = packing_model(**row, **_with_mask(row, form)).logits
+    first, second, third = zip(
+        before.split(_lengths(documents), dim=1), after.split(_lengths(documents), dim=1), strict=True
+    )
+    assert torch.equal(*third)
+    assert not torch.equal(*first)
+    assert not torch.equal(*second)
+
+
+@torch.no_grad()
+def test_padding_on_the_right_changes_nothing(packing_model, documents):
+    row = _pack(documents)
+    plain = packing_model(**row).logits
+    length = plain.shape[1]
+    padded = {
+        **row,
+        "input_ids": torch.nn.functional.pad(row["input_ids"], (0, 5), value=301),
+        "position_ids": torch.nn.functional.pad(row["position_ids"], (0, 5)),
+        "attention_mask": (torch.arange(length + 5) < length).long().unsqueeze(0),
+    }
+    # Measured worst case 2e-6 of 6 (other shapes round otherwise); a document that sees another is off by 1.
+    torch.testing.assert_close(packing_model(**padded).logits[:, :length], plain, atol=1e-4, rtol=0)
+
+
+def test_gradients_do_not_cross_documents(packing_model, documents):
+    row = _pack(documents)
+    embeddings = packing_model.get_input_embeddings()(row["input_ids"]).detach().requires_grad_()
+    hidden = packing_model.model(inputs_embeds=embeddings, position_ids=row["position_ids"]).last_hidden_state
+    first, second, _ = _lengths(documents)
+    hidden[:, first : first + second].sum().backward()
+    moved = (embeddings.grad[0] != 0).any(dim=-1)
+    assert moved.tolist() == [first <= token < first + second for token in range(len(moved))]
+
+
+def test_loss_of_a_packed_row_equals_the_sum_of_its_documents(packing_model, documents):
+    row = _pack(documents)
+    labels = row["input_ids"].clone()
+    labels[(labels == IMAGE) | (labels == VIDEO)] = -100
+    # A document's first token is nobody's target: the token before it belongs to another.
+    starts = torch.tensor([0, *_lengths(documents)[:-1]]).cumsum(0)
+    labels[:, starts] = -100
+    packed = packing_model(**row, labels=labels, num_items_in_batch=1).loss
+    single = sum(
+        packing_model(**document, labels=part, num_items_in_batch=1).loss
+        for document, part in zip(documents, labels.split(_lengths(documents), dim=1), strict=True)
+    )
+    # Measured worst case 3e-5 of 300; a document's first token trained on the one before is off by 6.
+    torch.testing.assert_close(packed, single, atol=1e-2, rtol=0)
+
+
+# --- what counts as documents ---
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask", "expected"),
+    [
+        ([0, 1, 2, 0, 1], None, True),
+        ([0, 1, 2, 0, 1], [1, 1, 1, 1, 1], True),
+        ([0, 1, 0, 1, 0], [1, 1, 1, 1, 0], True),
+        ([0, 1, 2, 3, 4], None, False),
+        ([7, 8, 9, 10, 11], None, False),
+        # What `generate` gives for rows padded on either side.
+        ([1, 1, 0, 1, 2], [0, 0, 1, 1, 1], False),
+        ([0, 0, 0, 1, 2], [0, 0, 1, 1, 1], False),
+        ([0, 1, 2, 1, 1], [1, 1, 1, 0, 0], False),
+    ],
+)
+def test_what_counts_as_documents(positions, mask, expected):
+    mask = None if mask is None else torch.tensor([mask])
+    assert holds_documents(torch.tensor([positions]), mask) is expected
+
+
+def test_a_cache_of_documents_is_refused(packing_model, documents):
+    with pytest.raises(ValueError, match=re.escape("Expected use_cache=False (or None) for rows whose position_ids")):
+        packing_model(**_pack(documents), use_cache=True)
+    assert packing_model(**_pack(documents)).past_key_values is None
+
+
+def test_flash_takes_one_row(packing_model, documents, monkeypatch):
+    row = {**prompt(text(6)), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    rows = {name: tensor.expand(2, -1) for name, tensor in row.items()}
+    monkeypatch.setattr(packing_model.config.text_config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(ValueError, match=re.escape("Expected one row of documents for flash_attention_2, got 2 rows")):
+        packing_model(**rows)
+
+
+def test_bounds_reach_the_attention_function(packing_model, monkeypatch):
+    """What kernels for packed sequences need arrives in every layer, unchanged."""
+    seen = []
+
+    def kernel(module, query, key, value, attention_mask, **kwargs):
+        seen.append(
+            {name: kwargs[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+        )
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "bounds", kernel)
+    monkeypatch.setattr(packing_model.config.text_config, "_attn_implementation_internal", "bounds")
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    options = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 5, "max_length_k": 5}
+    with torch.no_grad():
+        packing_model(**prompt(text(9)), **options)
+    assert seen == [options] * 2
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_documents_on_flex_attention(documents):
+    """flex_attention is compiled; where the CPU has no compiler for it, there is nothing to test."""
+    torch.manual_seed(0)
+    model = videollama3.VideoLlama3ForCausalLM._from_config(
+        tiny_config(), attn_implementation={"vision_config": "sdpa", "text_config": "flex_attention"}
+    ).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        row = _pack([prompt(text(7, 10)), prompt(text(12, 11)), {**prompt((IMAGE, 6)), **images([[1, 2, 3]], [1])}])
+        try:
+            flex = model(**row).logits
+        except (NotImplementedError, torch._inductor.exc.InductorError) as error:
+            pytest.skip(f"flex_attention does not run here: {type(error).__name__}")
+    model.set_attn_implementation("sdpa")
+    # Measured worst case 1e-6 of 0.6; a document that sees another is off by 1e-2.
+    torch.testing.assert_close(flex, model(**row).logits, atol=1e-4, rtol=0)
