@@ -130,10 +130,7 @@ def run_inspect(options: argparse.Namespace) -> None:
     with _progress_bar("reading") as progress:
         features = video_processor(
             [options.video],
-            fps=options.fps,
-            max_frames=options.max_frames,
-            start_time=options.start,
-            end_time=options.end,
+            **_sampling(options),
             max_visual_tokens=options.max_visual_tokens,
             use_token_compression=False if options.no_prune else None,
             pixel_dtype="uint8",
@@ -170,10 +167,7 @@ def run_inspect(options: argparse.Namespace) -> None:
 def _print_plan(options: argparse.Namespace, video_processor: Any) -> None:
     estimate = video_processor.estimate(
         [options.video],
-        fps=options.fps,
-        max_frames=options.max_frames,
-        start_time=options.start,
-        end_time=options.end,
+        **_sampling(options),
         max_visual_tokens=options.max_visual_tokens,
     )
     (video,) = estimate.items
@@ -225,9 +219,11 @@ def _content(media: str, options: argparse.Namespace) -> dict[str, Any]:
     path = urlsplit(media).path if "://" in media else media
     if path.lower().endswith(IMAGE_SUFFIXES):
         return {"type": "image", "image": media}
+    return {"type": "video", "video": media, **_sampling(options)}
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {
-        "type": "video",
-        "video": media,
         "fps": options.fps,
         "max_frames": options.max_frames,
         "start_time": options.start,

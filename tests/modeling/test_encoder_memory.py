@@ -38,10 +38,10 @@ def test_memory_is_linear_in_frames(encoder, grad, monkeypatch):
     monkeypatch.setattr(module, "MAX_ACTIVATION_BYTES_PER_CHUNK", 2**40)
     monkeypatch.setattr(packed_attention, "_MAX_EAGER_SCORE_BYTES", 2**40)
     few, some, many = (_peak(encoder, num_frames, grad) for num_frames in (8, 32, 180))
-    slope = (some - few) / 24
-    # Allocations are counted, not sampled: measured within 1 % of the line through the first two on both backends.
-    # An N x N mask over all frames is 172 MiB as bool at 180 frames, 33 times the line.
-    assert many == pytest.approx(few + 172 * slope, rel=0.05)
+    # Allocations are counted, not sampled: measured 1.00 times the share of the smaller clip, 0.80 where
+    # the MLP's blocks do not fill yet. An N x N mask over all frames is 6.4 MB as bool at 32 frames, 207 MB at 180: 3.3 times.
+    assert some / 32 < 1.1 * few / 8
+    assert many / 180 < 1.1 * some / 32
 
 
 def test_chunks_bound_the_memory(encoder, monkeypatch):
@@ -65,8 +65,8 @@ def test_bytes_per_patch_hold(dtype, monkeypatch):
     few, many = (_peak(encoder, num_frames) for num_frames in (32, 64))
     per_patch = (many - few) / (32 * ROWS * COLUMNS)
     bound = activation_bytes_per_patch(encoder.config, dtype)
-    # Measured 0.6 (float32) and 0.65 (bfloat16) of the bound on the CPU, where the MLP runs in blocks of rows.
-    assert 0.3 * bound < per_patch < bound
+    # Measured 0.98 (float32) and 0.87 (bfloat16) of the bound.
+    assert 0.5 * bound < per_patch <= bound
 
 
 def test_the_released_size():
@@ -82,5 +82,6 @@ def test_inference_keeps_no_activations():
     shallow, deep = (
         VideoLlama3VisionModel(tiny_vision_config(**SIZES, num_hidden_layers=layers)).eval() for layers in (1, 6)
     )
-    assert _peak(deep, 16) == pytest.approx(_peak(shallow, 16), rel=0.1)
+    # Measured 1.10 and, with gradients, 9.5.
+    assert _peak(deep, 16) < 1.25 * _peak(shallow, 16)
     assert _peak(deep, 16, grad=True) > 3 * _peak(shallow, 16)

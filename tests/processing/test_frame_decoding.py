@@ -7,6 +7,7 @@ import pytest
 from tests.media import numbered_picture, read_number, write_clip
 from videollama3.processing import video_reading
 from videollama3.processing.frame_decoding import DecodingError, PacketTable, Span, decode_spans, plan_spans
+from videollama3.processing.video_file import Deadline
 from videollama3.processing.video_reading import plan_video, read_frames
 
 
@@ -18,8 +19,9 @@ def table(pts, keyframes):
 def test_spans_by_hand():
     # I0 P3 B1 B2 | I4 P7 B5 B6 | I8
     packets = table([0, 3, 1, 2, 4, 7, 5, 6, 8], [0, 4, 8])
-    assert plan_spans(packets, [2, 7]) == [Span(0, 5, frozenset({2, 7}))]  # they touch
+    assert plan_spans(packets, [2, 7]) == [Span(0, 3, frozenset({2})), Span(4, 5, frozenset({7}))]
     assert plan_spans(packets, [1, 7]) == [Span(0, 2, frozenset({1})), Span(4, 5, frozenset({7}))]
+    assert plan_spans(packets, [1, 3]) == [Span(0, 2, frozenset({1, 3}))]  # the same group
     assert plan_spans(packets, [8]) == [Span(8, 8, frozenset({8}))]
     assert plan_spans(packets, [3, 4]) == [Span(0, 1, frozenset({3})), Span(4, 4, frozenset({4}))]
 
@@ -114,11 +116,15 @@ def test_broken_seeking_falls_back_to_decoding_from_the_start(tmp_path, monkeypa
     packets = plan.packets
     spans = plan_spans(packets, plan.times.pts[plan.sampled.indices].tolist())
     with av.open(path) as container, pytest.raises(DecodingError, match=r"packet \d+ came where packet 200|not there"):
-        list(decode_spans(Elsewhere(container), container.streams.video[0], packets, spans))
+        list(
+            decode_spans(
+                Elsewhere(container), container.streams.video[0], packets, spans, deadline=Deadline(60, "video 0")
+            )
+        )
 
-    def broken(container, stream, table, spans):
-        for number, frame in enumerate(decode_spans(container, stream, table, spans)):
-            if number == 1:
+    def broken(container, stream, table, spans, deadline):
+        for frame in decode_spans(container, stream, table, spans, deadline=deadline):
+            if frame.pts == plan.times.pts[499]:
                 raise DecodingError("as if the second seek had gone wrong")
             yield frame
 

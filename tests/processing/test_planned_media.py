@@ -59,7 +59,7 @@ def plan(source, name="video 0", **given):
 
 
 def numbers(planned):
-    return [read_number(picture) for picture in planned.pictures(None)]
+    return [read_number(picture) for picture in planned.pictures(None, None)]
 
 
 def numbered(count):

@@ -102,10 +102,8 @@ def attend_packed(
     outputs = []
     start = 0
     for num_segments, length in segments.groups:
-        block = _segments_per_call(num_segments, length, query_THD.shape[1], implementation)
-        for first in range(0, num_segments, block):
-            count = min(block, num_segments - first)
-            rows = slice(start + first * length, start + (first + count) * length)
+        for count in _segments_per_call(num_segments, length, query_THD.shape[1], implementation):
+            rows = slice(start, start + count * length)
             query, key, value = (
                 tensor[rows].view(count, length, *tensor.shape[1:]).transpose(1, 2)
                 for tensor in (query_THD, key_THD, value_THD)
@@ -114,12 +112,13 @@ def attend_packed(
                 module, query, key, value, attention_mask=None, scaling=scaling, dropout=dropout, is_causal=False
             )
             outputs.append(output.reshape(count * length, *query_THD.shape[1:]))
-        start += num_segments * length
+            start += count * length
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _segments_per_call(num_segments: int, length: int, num_heads: int, implementation: str) -> int:
-    if implementation != "eager":
-        return num_segments
-    score_bytes = 4 * num_heads * length * length
-    return max(1, min(num_segments, _MAX_EAGER_SCORE_BYTES // score_bytes))
+def _segments_per_call(num_segments: int, length: int, num_heads: int, implementation: str) -> list[int]:
+    # A compiled graph serves every number of segments only where that number is not looked at.
+    if implementation != "eager" or torch.compiler.is_compiling():
+        return [num_segments]
+    block = max(1, _MAX_EAGER_SCORE_BYTES // (4 * num_heads * length * length))
+    return [min(block, num_segments - first) for first in range(0, num_segments, block)]

@@ -33,14 +33,25 @@ MAX_ACTIVATION_BYTES_PER_CHUNK = 512 * 2**20
 
 
 # On the CPU, rows of temporaries that fit its caches: measured, memory fresh from the system costs more than the
-# arithmetic on it.
-_ROTARY_ROWS_PER_BLOCK = 128
+# arithmetic on it. The rotation's blocks are so small that torch runs each in one thread (its grain is 32768
+# elements): thousands of short parallel sections stall on a machine that does other work. With more threads than
+# these the whole in parallel is faster than blocks one after the other.
+_ROTARY_ELEMENTS_PER_BLOCK = 32767
+_MAX_THREADS_FOR_SERIAL_BLOCKS = 4
 _MLP_ROWS_PER_BLOCK = 1024
 
 
-def row_blocks(rows: torch.Tensor, rows_per_block: int) -> list[slice]:
-    """Slices that cover the first dimension: blocks for inference on the CPU, else one of everything."""
+def row_blocks(rows: torch.Tensor, rows_per_block: int, *, serial: bool = False) -> list[slice]:
+    """Slices that cover the first dimension: blocks for inference on the CPU, else one of everything.
+
+    Args:
+        rows: (T, ...).
+        rows_per_block: length of a block.
+        serial: whether a block runs in one thread, so that blocks do not pay with many threads.
+    """
     if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return [slice(None)]
+    if serial and torch.get_num_threads() > _MAX_THREADS_FOR_SERIAL_BLOCKS:
         return [slice(None)]
     return [slice(start, start + rows_per_block) for start in range(0, rows.shape[0], rows_per_block)]
 
@@ -109,8 +120,8 @@ def apply_rotary(states_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.T
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return turned.to(states_THD.dtype)
     result = torch.empty_like(states_THD)
-    for rows in row_blocks(states_THD, _ROTARY_ROWS_PER_BLOCK):
-        x, y, c, s = first[rows].float(), second[rows].float(), cos[rows], sin[rows]
+    for rows in row_blocks(states_THD, max(1, _ROTARY_ELEMENTS_PER_BLOCK // (first.shape[1] * half)), serial=True):
+        x, y, c, s = first[rows], second[rows], cos[rows], sin[rows]
         result[rows, :, :half] = x * c - y * s
         result[rows, :, half:] = y * c + x * s
     return result
@@ -179,7 +190,7 @@ class VideoLlama3VisionAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = False
         self.num_key_value_groups = 1
-        # Three products: one of three times the width is no faster (see docs/memory.md), and has other names.
+        # Three products: one of three times the width is no faster (docs/memory.md), and has other names.
         self.q_proj = OneDnnLinear(config.hidden_size, config.hidden_size)
         self.k_proj = OneDnnLinear(config.hidden_size, config.hidden_size)
         self.v_proj = OneDnnLinear(config.hidden_size, config.hidden_size)

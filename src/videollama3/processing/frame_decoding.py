@@ -22,6 +22,8 @@ import av.error
 import numpy as np
 import numpy.typing as npt
 
+from .video_file import Deadline, read_packets
+
 # Codecs in which "refers to none" is told by each frame itself; in others a frame marked so may still be
 # referred to by a higher temporal layer.
 _CODECS_WITH_SKIPPABLE_FRAMES = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video"})
@@ -110,7 +112,7 @@ def plan_spans(table: PacketTable, wanted: Sequence[int]) -> list[Span]:
         wanted: presentation times of the chosen frames, ascending.
 
     Returns:
-        Spans in file order that do not overlap; spans that touch are one.
+        Spans in file order that do not overlap; each can be decoded on its own.
     """
     position = {int(pts): index for index, pts in enumerate(table.pts)}
     keyframes = np.flatnonzero(table.is_keyframe)
@@ -118,7 +120,7 @@ def plan_spans(table: PacketTable, wanted: Sequence[int]) -> list[Span]:
     for pts in wanted:
         index = position[int(pts)]
         first = _start(table, keyframes, index)
-        if spans and first <= spans[-1].last + 1:
+        if spans and first <= spans[-1].last:
             spans[-1] = Span(spans[-1].first, max(spans[-1].last, index), spans[-1].wanted | {int(pts)})
         else:
             spans.append(Span(first, index, frozenset({int(pts)})))
@@ -134,14 +136,17 @@ def _start(table: PacketTable, keyframes: npt.NDArray[np.int64], index: int) -> 
     return int(keyframes[candidate]) if candidate >= 0 else 0
 
 
-def decode_spans(container: Any, stream: Any, table: PacketTable, spans: Sequence[Span]) -> Iterator[Any]:
+def decode_spans(
+    container: Any, stream: Any, table: PacketTable, spans: Sequence[Span], *, deadline: Deadline
+) -> Iterator[Any]:
     """Decodes the chosen frames.
 
     Args:
         container: an opened PyAV container at its start.
         stream: its video stream.
         table: the stream's packets.
-        spans: from `plan_spans`.
+        spans: of those from `plan_spans`, in their order.
+        deadline: checked at every packet.
 
     Yields:
         The chosen frames in order of presentation.
@@ -155,20 +160,15 @@ def decode_spans(container: Any, stream: Any, table: PacketTable, spans: Sequenc
     for number, span in enumerate(spans):
         if number:
             codec.flush_buffers()
-        pending = sorted(span.wanted, reverse=True)
-        found: dict[int, Any] = {}
-        last = -math.inf
+        frames = _SpanFrames(table, span)
         for index, packet in packets.between(span.first, span.last):
+            deadline.check()
             if can_skip:
                 codec.skip_frame = "DEFAULT" if int(table.pts[index]) in span.wanted else "NONREF"
-            last = _collect(_decode(codec, packet), span.wanted, found, last)
-            while pending and pending[-1] in found:
-                yield found.pop(pending.pop())
-        _collect(_decode(codec, None), span.wanted, found, last)
-        while pending and pending[-1] in found:
-            yield found.pop(pending.pop())
-        if pending:
-            raise DecodingError(f"the frame at {pending[-1]} did not come out of its group of pictures")
+            frames.add(_decode(codec, packet))
+            yield from frames.ready()
+        frames.add(_decode(codec, None))
+        yield from frames.all()
 
 
 def _decode(codec: Any, packet: Any) -> Sequence[Any]:
@@ -179,17 +179,50 @@ def _decode(codec: Any, packet: Any) -> Sequence[Any]:
     return frames
 
 
-def _collect(frames: Sequence[Any], wanted: frozenset[int], found: dict[int, Any], last: float) -> float:
-    """Keeps the wanted ones among decoded frames; returns the time of the latest, which must ascend."""
-    for frame in frames:
-        if frame.pts is None or frame.pts <= last:
-            raise DecodingError(f"a frame of time {frame.pts} came after one of time {last}")
-        last = frame.pts
-        if frame.pts in wanted:
+class _SpanFrames:
+    """The wanted ones among the decoded frames of a span.
+
+    A frame is handed out when everything it may refer to has come out sound, which can be shown after it: in
+
+        I0 P8 B4 B2      (numbers are presentation times)
+
+    frame 2 waits for frame 8.
+    """
+
+    def __init__(self, table: PacketTable, span: Span) -> None:
+        pts = table.pts[span.first : span.last + 1]
+        latest = np.maximum.accumulate(pts)
+        self._first = int(pts[0]) if span.first else None
+        self._wanted = span.wanted
+        # (time, time of the last frame shown among those before it in the file)
+        self._pending = sorted((int(t), int(last)) for t, last in zip(pts, latest, strict=True) if t in span.wanted)
+        self._found: dict[int, Any] = {}
+        self._last = -math.inf
+
+    def add(self, frames: Sequence[Any]) -> None:
+        """Takes what the decoder gave."""
+        for frame in frames:
+            if frame.pts is None or frame.pts <= self._last:
+                raise DecodingError(f"a frame of time {frame.pts} came after one of time {self._last}")
             if frame.is_corrupt:
-                raise DecodingError(f"the frame at {frame.pts} came out damaged after a seek")
-            found[frame.pts] = frame
-    return last
+                raise DecodingError(f"the frame at {frame.pts} came out damaged")
+            if frame.pts == self._first and not frame.key_frame:
+                raise DecodingError(f"the frame at {frame.pts} is no keyframe")
+            self._last = frame.pts
+            if frame.pts in self._wanted:
+                self._found[frame.pts] = frame
+
+    def ready(self) -> Iterator[Any]:
+        """Wanted frames, in order, that can be handed out."""
+        while self._pending and self._pending[0][0] in self._found and self._pending[0][1] <= self._last:
+            yield self._found.pop(self._pending.pop(0)[0])
+
+    def all(self) -> Iterator[Any]:
+        """The rest of the wanted frames, after the last packet."""
+        for time, _ in self._pending:
+            if time not in self._found:
+                raise DecodingError(f"the frame at {time} did not come out of its group of pictures")
+            yield self._found.pop(time)
 
 
 class _Packets:
@@ -203,7 +236,7 @@ class _Packets:
             (int(pts), int(dts)): index for index, (pts, dts) in enumerate(zip(table.pts, table.dts, strict=True))
         }
         self._next = 0
-        self._demuxed = container.demux(stream)
+        self._demuxed = read_packets(container, stream)
 
     def between(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
         """Packets `first` to `last`, both included.
@@ -215,7 +248,7 @@ class _Packets:
             self._seek(first)
         while self._next <= last:
             packet = self._read()
-            if packet is None or packet.size == 0:
+            if packet is None:
                 raise DecodingError(f"packet {self._next} of {len(self._table.pts)} was not there on a second reading")
             index = self._index(packet)
             if index > self._next and index > first:
@@ -235,7 +268,7 @@ class _Packets:
             self._container.seek(int(self._table.dts[first]), stream=self._stream, backward=True, any_frame=False)
         except av.error.FFmpegError as error:
             raise DecodingError(f"seeking failed: {error}") from error
-        self._demuxed = self._container.demux(self._stream)
+        self._demuxed = read_packets(self._container, self._stream)
         # Where the seek has landed shows with the first packet; anything up to `first` is right.
         self._next = first
 

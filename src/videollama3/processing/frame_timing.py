@@ -18,6 +18,8 @@ from .frame_decoding import PacketTable, starts_clean
 from .frame_sampling import FrameTimes
 from .video_file import Deadline, decode_frames, demux_packets
 
+_ALWAYS_BEFORE = np.iinfo(np.int64).min + 1
+
 
 def times_by_demuxing(
     container: Any, stream: Any, *, name: str, deadline: Deadline
@@ -51,11 +53,24 @@ def times_by_demuxing(
         trustworthy = False
     order = np.argsort(columns[shown, 0], kind="stable")
     times = columns[shown, 0][order]
-    if not trustworthy or len(times) == 0 or np.any(np.diff(times) <= 0):
+    if not trustworthy or len(times) == 0 or np.any(np.diff(times) <= 0) or not _groups_follow(columns):
         return None
     frame_times = _frame_times(container, stream, times, int(columns[shown, 4][order[-1]]))
     table = PacketTable(pts=columns[:, 0].copy(), dts=columns[:, 1].copy(), is_keyframe=columns[:, 2].astype(bool))
     return frame_times, table
+
+
+def _groups_follow(columns: npt.NDArray[np.int64]) -> bool:
+    """Whether groups of pictures are shown in the order in which they are stored.
+
+    What follows a keyframe in the file is shown after the keyframe before, and before the next one.
+    """
+    keyframes = columns[columns[:, 2].astype(bool), 0]
+    if len(keyframes) == 0:
+        return True
+    group = np.cumsum(columns[:, 2])
+    limits = np.concatenate([[_ALWAYS_BEFORE], [_ALWAYS_BEFORE], keyframes, [-_ALWAYS_BEFORE]])
+    return bool(np.all(columns[:, 0] > limits[group]) and np.all(columns[:, 0] < limits[group + 2]))
 
 
 def _check_whole(stream: Any, num_packets: int, num_whole: int, pts: npt.NDArray[np.int64], name: str) -> None:

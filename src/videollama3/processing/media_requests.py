@@ -8,6 +8,7 @@ visual-token budget, and a batch gives the same tensors as its rows alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .patches import keep_mask, normalization_table, normalize_patches, patchify
+from .patches import keep_mask, normalization_table, normalize_patches, patchify, resize_picture
 from .planned_media import PlannedMedia, SampledVideoMetadata
 from .video_reading import Progress, UnexpectedFrameError
 from .visual_budget import ItemSize, target_sizes
@@ -317,8 +318,10 @@ def _encode(
 ) -> EncodedMedia:
     height, width = size
     rows, columns = height // settings.patch_size, width // settings.patch_size
+    # Where a file is decoded in several threads, they resize too; what is left is resized by `patchify`.
+    resize = functools.partial(resize_picture, height=height, width=width, resample=settings.resample)
     patches = patchify(
-        item.pictures(progress),
+        item.pictures(progress, resize),
         num_frames=item.num_frames,
         height=height,
         width=width,

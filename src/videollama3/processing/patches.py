@@ -103,13 +103,19 @@ def normalization_table(
 def normalize_patches(patches: Pixels, table: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Looks every value up in `normalization_table`: uint8 (n, 3 * p * p) -> float32 of the same shape."""
     channels = patches.reshape(len(patches), len(table), -1)
-    out = np.empty(channels.shape, dtype=np.float32)
+    if channels.shape[2] % 2:
+        return np.stack([np.take(levels, channels[:, c]) for c, levels in enumerate(table)], 1).reshape(patches.shape)
+    # Two neighbours at a time: half as many look-ups, in a table of 65536 pairs.
+    pairs = np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
+    pair_tables = [levels[pairs].view(np.float64)[:, 0] for levels in table]
+    keys = channels.view(np.uint16)
+    out = np.empty(keys.shape, dtype=np.float64)
     # By blocks: a look-up widens its indices to eight bytes each.
     for start in range(0, len(patches), _PATCHES_PER_BLOCK):
         block = slice(start, start + _PATCHES_PER_BLOCK)
-        for channel, levels in enumerate(table):
-            out[block, channel] = np.take(levels, channels[block, channel])
-    return out.reshape(patches.shape)
+        for channel, values in enumerate(pair_tables):
+            out[block, channel] = np.take(values, keys[block, channel])
+    return out.view(np.float32).reshape(patches.shape)
 
 
 def keep_mask(

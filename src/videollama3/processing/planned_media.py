@@ -23,7 +23,7 @@ from transformers.video_utils import VideoMetadata
 from .frame_sampling import FrameTimes, SampledFrames, as_rate, check_max_frames, check_window, sample_frames
 from .media_sources import PICTURE_SUFFIXES, Pixels, describe, frames_to_rgb, load_picture, open_source
 from .video_file import ReadingLimits
-from .video_reading import Progress, VideoPlan, plan_video, read_frames
+from .video_reading import Prepare, Progress, VideoPlan, plan_video, read_frames
 
 # A folder of pictures counts as this many pictures per second (the authors' rule).
 FOLDER_PICTURES_PER_SECOND = 3
@@ -87,7 +87,8 @@ class PlannedMedia:
         num_frames: 1 for an image.
         height: of a picture in pixels.
         width: of a picture in pixels.
-        pictures: gives uint8 (h, w, 3) pictures in order; may be called more than once.
+        pictures: gives uint8 (h, w, 3) pictures in order, those of a file as `Prepare` makes them; may be called
+            more than once.
         timestamps: float64 (num_frames,), seconds; None for an image.
         metadata: of a video.
         max_visual_tokens: limit for this item alone.
@@ -99,7 +100,7 @@ class PlannedMedia:
     num_frames: int
     height: int
     width: int
-    pictures: Callable[[Progress | None], Iterator[Pixels]]
+    pictures: Callable[[Progress | None, Prepare | None], Iterator[Pixels]]
     timestamps: npt.NDArray[np.float64] | None = None
     metadata: SampledVideoMetadata | None = None
     max_visual_tokens: int | None = None
@@ -125,7 +126,9 @@ def is_frame_list(value: Any) -> bool:
 def plan_image(source: Any, *, name: str) -> PlannedMedia:
     """Reads one image; see `media_sources.load_picture` for what it may be."""
     picture = load_picture(source, what=name)
-    return PlannedMedia("image", name, 1, picture.shape[0], picture.shape[1], lambda progress: iter([picture]))
+    return PlannedMedia(
+        "image", name, 1, picture.shape[0], picture.shape[1], lambda progress, prepare: iter([picture])
+    )
 
 
 def plan_videos(sources: Sequence[Any], options: Sequence[VideoOptions], names: Sequence[str]) -> list[PlannedMedia]:
@@ -217,7 +220,7 @@ def _from_video_plan(plan: VideoPlan, option: VideoOptions) -> PlannedMedia:
         num_frames=len(plan.sampled.indices),
         height=plan.height,
         width=plan.width,
-        pictures=lambda progress: read_frames(plan, progress),
+        pictures=lambda progress, prepare: read_frames(plan, progress, prepare),
         timestamps=plan.sampled.timestamps,
         metadata=SampledVideoMetadata(
             total_num_frames=len(plan.times.pts),
@@ -335,7 +338,7 @@ def _from_sampled_frames(
             return frames_to_rgb(frames[index : index + 1], what=what)[0]
         return load_picture(frame, what=what)
 
-    def pictures(progress: Progress | None) -> Iterator[Pixels]:
+    def pictures(progress: Progress | None, prepare: Prepare | None) -> Iterator[Pixels]:
         previous, current = -1, None
         for count, index in enumerate(sampled.indices.tolist(), start=1):
             if index != previous or current is None:

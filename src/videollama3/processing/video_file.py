@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from typing import Any, BinaryIO
 import av
 import av.error
 import av.stream
-import torch.utils.data
 
 from .media_sources import describe
 
@@ -64,17 +64,13 @@ class Deadline:
 
 
 @contextlib.contextmanager
-def open_video(
-    source: str | BinaryIO, *, name: str, limits: ReadingLimits, whole_speed: bool = False
-) -> Iterator[tuple[Any, Any]]:
+def open_video(source: str | BinaryIO, *, name: str, limits: ReadingLimits) -> Iterator[tuple[Any, Any]]:
     """Opens a video and finds its stream.
 
     Args:
         source: local path or seekable stream.
         name: how to call it in errors.
         limits: what it may cost.
-        whole_speed: decode on all processors, which costs time at the start; in a worker process of a
-            dataloader always on one.
 
     Yields:
         The PyAV container and its video stream.
@@ -92,6 +88,8 @@ def open_video(
             # A crafted file may name others: no protocol but the one that the file itself is read by.
             options={"protocol_whitelist": "file" if isinstance(source, str) else "none"},
             timeout=(limits.max_seconds, limits.max_seconds),
+            # Titles are never shown, and in damaged files they are no text.
+            metadata_errors="replace",
         )
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(
@@ -113,10 +111,9 @@ def open_video(
             )
         # The same for sizes that change on the way.
         codec.options = {"max_pixels": str(limits.max_pixels)}
-        if torch.utils.data.get_worker_info() is not None:
-            codec.thread_count = 1
-        elif whole_speed:
-            codec.thread_type = "AUTO"
+        # More threads cost a quarter more work, patch damaged frames up differently each time, and have crashed on
+        # damaged data after a seek (FFmpeg 8.1, VP9). Several groups of pictures are decoded at a time instead.
+        codec.thread_count = 1
         yield container, stream
 
 
@@ -132,13 +129,23 @@ def _video_stream(container: Any, source: str | BinaryIO, name: str) -> Any:
     raise ValueError(f"Expected {name} with a video stream, got {describe(source)!r}, which has {found}.")
 
 
-def demux_packets(container: Any, stream: Any, *, name: str, deadline: Deadline) -> Iterator[Any]:
+def read_packets(container: Any, stream: Any) -> Iterator[Any]:
     """Packets of a stream in file order, without the empty one at the end."""
     try:
         for packet in container.demux(stream):
-            deadline.check()
             if packet.size > 0:
                 yield packet
+    except IndexError:
+        # Damaged files announce further streams on the way. PyAV looks for them when all packets are read.
+        return
+
+
+def demux_packets(container: Any, stream: Any, *, name: str, deadline: Deadline) -> Iterator[Any]:
+    """Packets of a stream in file order, with errors that name the video."""
+    try:
+        for packet in read_packets(container, stream):
+            deadline.check()
+            yield packet
     except av.error.FFmpegError as error:
         raise ValueError(f"Expected {name} as a whole video file, but reading failed: {error.strerror}.") from error
 
@@ -146,9 +153,10 @@ def demux_packets(container: Any, stream: Any, *, name: str, deadline: Deadline)
 def decode_frames(container: Any, stream: Any, *, name: str, deadline: Deadline) -> Iterator[Any]:
     """All frames of a stream, in order of presentation."""
     try:
-        for frame in container.decode(stream):
-            deadline.check()
-            yield frame
+        for packet in itertools.chain(read_packets(container, stream), [None]):
+            for frame in stream.codec_context.decode(packet):
+                deadline.check()
+                yield frame
     except av.error.FFmpegError as error:
         raise ValueError(f"Expected {name} as a whole video file, but decoding failed: {error.strerror}.") from error
 

@@ -11,25 +11,33 @@ give what the packets announced the file is decoded from its start, and where ev
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import itertools
+import os
+from collections.abc import Callable, Generator
 from fractions import Fraction
 from typing import Any, BinaryIO
 
+import av.error
 import numpy as np
 import numpy.typing as npt
+import torch.utils.data
 from av.video.reformatter import VideoReformatter
 
-from .frame_decoding import DecodingError, PacketTable, decode_spans, plan_spans
+from .frame_decoding import DecodingError, PacketTable, Span, decode_spans, plan_spans
 from .frame_sampling import FrameTimes, SampledFrames, sample_frames
 from .frame_timing import times_by_decoding, times_by_demuxing
 from .media_sources import Pixels
-from .read_ahead import read_ahead
+from .read_ahead import ReadAhead
 from .video_file import Deadline, ReadingLimits, decode_frames, first_frame, open_video
 
 Progress = Callable[[int, int], None]
-# Decoded frames waiting for conversion; a 4K frame is 12 MB.
+Prepare = Callable[[Pixels], Pixels]
+# Decoded frames that wait for conversion, and pictures that wait for those of other decoders.
 _FRAMES_AHEAD = 2
+_BYTES_AHEAD = 96 * 2**20
+_MAX_DECODERS = 8
 
 
 class UnexpectedFrameError(RuntimeError):
@@ -116,7 +124,7 @@ def plan_video(
     if known is not None:
         times, packets = known
     else:
-        with open_video(source, name=name, limits=limits, whole_speed=True) as (container, stream):
+        with open_video(source, name=name, limits=limits) as (container, stream):
             times = times_by_decoding(container, stream, name=name, deadline=deadline)
     if by_index:
         times = dataclasses.replace(times, average_rate=Fraction(25), video_start_us=0)
@@ -134,16 +142,19 @@ def plan_video(
     return plan
 
 
-def read_frames(plan: VideoPlan, progress: Progress | None = None) -> Iterator[Pixels]:
-    """Decodes the chosen frames in order, each once, while the caller works on the one before.
+def read_frames(
+    plan: VideoPlan, progress: Progress | None = None, prepare: Prepare | None = None
+) -> Generator[Pixels, None, None]:
+    """Decodes the chosen frames in order, each once, while the caller works on those before.
 
     Args:
         plan: from `plan_video`; its source must not have changed.
         progress: called with (frames delivered, frames chosen) after each.
+        prepare: what to do with each picture first, for instance resizing it; may run in several threads.
 
     Yields:
-        uint8 (height, width, 3) RGB, 0..255, one per chosen frame; the same array again where the plan
-        repeats a frame.
+        uint8 (height, width, 3) RGB, 0..255, one per chosen frame, or what `prepare` made of it; the same array
+        again where the plan repeats a frame.
 
     Raises:
         UnexpectedFrameError: when decoded times differ from the plan's.
@@ -151,48 +162,84 @@ def read_frames(plan: VideoPlan, progress: Progress | None = None) -> Iterator[P
         TimeoutError: when it takes longer than the limit.
     """
     total = len(plan.sampled.indices)
-    decoded = read_ahead(_decode_chosen(plan), depth=_FRAMES_AHEAD)
-    try:
-        # One converter for all frames keeps its tables.
-        converter = VideoReformatter()
+    with contextlib.closing(_read_chosen(plan, prepare or _as_it_is)) as pictures:
         current, pixels = -1, None
         for delivered, wanted in enumerate(plan.sampled.indices.tolist(), start=1):
             if wanted != current or pixels is None:
-                current, frame = next(decoded)
-                pixels = _to_rgb(converter, frame, plan.rotation)
+                current, pixels = wanted, next(pictures)
             yield pixels
             if progress is not None:
                 progress(delivered, total)
-    finally:
-        decoded.close()  # type: ignore[attr-defined]
 
 
-def _decode_chosen(plan: VideoPlan) -> Iterator[tuple[int, Any]]:
-    """(index, frame) of every chosen frame, ascending, by seeking where that works."""
+def _as_it_is(picture: Pixels) -> Pixels:
+    return picture
+
+
+def _read_chosen(plan: VideoPlan, prepare: Prepare) -> Generator[Pixels, None, None]:
+    """The picture of every chosen frame, ascending, by seeking where that works."""
     wanted = np.unique(plan.sampled.indices)
     deadline = Deadline(plan.limits.max_seconds, plan.name)
     done = 0
     if plan.packets is not None:
-        spans = plan_spans(plan.packets, plan.times.pts[wanted].tolist())
         try:
-            with open_video(plan.source, name=plan.name, limits=plan.limits, whole_speed=True) as (container, stream):
-                for frame in decode_spans(container, stream, plan.packets, spans):
-                    deadline.check()
-                    yield int(wanted[done]), frame
+            with contextlib.closing(_read_by_seeking(plan, plan.packets, wanted, prepare, deadline)) as pictures:
+                for picture in pictures:
+                    yield picture
                     done += 1
             return
         except DecodingError:
-            # The frames so far are right; the rest is decoded without skipping anything.
+            # The pictures so far are right; the rest is decoded without skipping anything.
             pass
-    yield from _decode_linearly(plan, wanted[done:], deadline)
+    frames = ReadAhead(_decode_linearly(plan, wanted[done:], deadline), depth=_FRAMES_AHEAD)
+    yield from _to_pictures(plan, frames, prepare)
 
 
-def _decode_linearly(plan: VideoPlan, wanted: npt.NDArray[np.int64], deadline: Deadline) -> Iterator[tuple[int, Any]]:
-    """(index, frame) of the wanted frames, decoding everything before them and checking every time."""
+def _read_by_seeking(
+    plan: VideoPlan, packets: PacketTable, wanted: npt.NDArray[np.int64], prepare: Prepare, deadline: Deadline
+) -> Generator[Pixels, None, None]:
+    """The wanted pictures, spans of packets taking turns on as many decoders as there are processors.
+
+    With two decoders, A reads spans 0, 2, 4 ... and B spans 1, 3, 5 ... of the same file.
+    """
+    spans = plan_spans(packets, plan.times.pts[wanted].tolist())
+    count = min(_num_decoders(plan.source), len(spans))
+    if count == 1:
+        frames = ReadAhead(_decode_part(plan, packets, spans, deadline), depth=_FRAMES_AHEAD)
+        yield from _to_pictures(plan, frames, prepare)
+        return
+    depth = max(1, _BYTES_AHEAD // (3 * plan.height * plan.width * count))
+    with contextlib.ExitStack() as decoders:
+        parts = []
+        for i in range(count):
+            pictures = _to_pictures(plan, _decode_part(plan, packets, spans[i::count], deadline), prepare)
+            parts.append(decoders.enter_context(contextlib.closing(ReadAhead(pictures, depth=depth))))
+        for number, span in enumerate(spans):
+            yield from itertools.islice(parts[number % count], len(span.wanted))
+
+
+def _decode_part(
+    plan: VideoPlan, packets: PacketTable, spans: list[Span], deadline: Deadline
+) -> Generator[Any, None, None]:
+    with open_video(plan.source, name=plan.name, limits=plan.limits) as (container, stream):
+        yield from decode_spans(container, stream, packets, spans, deadline=deadline)
+
+
+def _num_decoders(source: str | BinaryIO) -> int:
+    # Streams have one position, and the workers of a dataloader share the processors.
+    if not isinstance(source, str) or torch.utils.data.get_worker_info() is not None:
+        return 1
+    return min(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _MAX_DECODERS
+    )
+
+
+def _decode_linearly(plan: VideoPlan, wanted: npt.NDArray[np.int64], deadline: Deadline) -> Generator[Any, None, None]:
+    """The wanted frames, decoding everything before them and checking every time."""
     remaining = iter(wanted.tolist())
     target = next(remaining, None)
     index = -1
-    with open_video(plan.source, name=plan.name, limits=plan.limits, whole_speed=True) as (container, stream):
+    with open_video(plan.source, name=plan.name, limits=plan.limits) as (container, stream):
         for index, frame in enumerate(decode_frames(container, stream, name=plan.name, deadline=deadline)):
             if target is None:
                 return
@@ -202,12 +249,28 @@ def _decode_linearly(plan: VideoPlan, wanted: npt.NDArray[np.int64], deadline: D
                     f"{plan.name}: frame {index} has time {frame.pts}, its packet said {announced}."
                 )
             if index == target:
-                yield index, frame
+                yield frame
                 target = next(remaining, None)
     if target is not None:
         raise UnexpectedFrameError(f"{plan.name}: frame {target} of {len(plan.times.pts)} could not be decoded.")
 
 
-def _to_rgb(converter: Any, frame: Any, rotation: int) -> Pixels:
-    pixels: Pixels = converter.reformat(frame, format="rgb24").to_ndarray()
-    return np.ascontiguousarray(np.rot90(pixels, rotation)) if rotation else pixels
+def _to_pictures(
+    plan: VideoPlan, frames: Generator[Any, None, None] | ReadAhead[Any], prepare: Prepare
+) -> Generator[Pixels, None, None]:
+    # One converter for all frames keeps its tables.
+    converter = VideoReformatter()
+    with contextlib.closing(frames):
+        for frame in frames:
+            yield prepare(_to_rgb(converter, frame, plan))
+
+
+def _to_rgb(converter: Any, frame: Any, plan: VideoPlan) -> Pixels:
+    try:
+        pixels: Pixels = converter.reformat(frame, format="rgb24").to_ndarray()
+    except av.error.FFmpegError as error:
+        raise ValueError(
+            f"Expected {plan.name} in colours that can be converted to RGB, but converting the frame at {frame.pts} "
+            f"failed: {error.strerror}."
+        ) from error
+    return np.ascontiguousarray(np.rot90(pixels, plan.rotation)) if plan.rotation else pixels

@@ -1,0 +1,45 @@
+"""`prefill.py` and `gpu.py` run at toy size on the CPU, so that they work on the first try elsewhere."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+# Every measured side is a process of its own that imports torch and transformers.
+pytestmark = pytest.mark.slow
+
+
+def _run_toy(name, folder):
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--toy", "--output", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=290)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / f"{name}_toy.json").read_text())
+
+
+def test_prefill(tmp_path):
+    record = _run_toy("prefill", tmp_path)
+    assert set(record["cases"]) == {"prefill, 48 tokens", "train, 64 tokens"}
+    for case in record["cases"].values():
+        values = case["values"]
+        # The same weights give the same loss and logits: measured 0 apart; other weights are off by 0.01.
+        assert values["ours"] == pytest.approx(values["native"], abs=2e-3)
+    prefill = record["cases"]["prefill, 48 tokens"]
+    assert set(prefill["ratios"]) == {"ours / native", "ours / native_last"}
+
+
+def test_gpu_sections(tmp_path):
+    sections = _run_toy("gpu", tmp_path)["sections"]
+    assert {name: section["failed"] for name, section in sections.items() if "failed" in section} == {}
+    assert list(sections) == ["equality", "matmul", "encoder", "prefill", "request", "train"]
+    assert sections["equality"]["passed"], sections["equality"]["summary"]
+    for case in sections["encoder"]["cases"].values():
+        for side in case.values():
+            # bfloat16 rounds differently in batches of another shape: measured 0.002 of 1.
+            assert side["difference_from_native"] < 0.05
+    assert sections["request"]["frames"] == 3
+    losses = [side["value"] for side in sections["train"]["sides"].values()]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
