@@ -2,7 +2,6 @@
 
 from fractions import Fraction
 
-import av
 import numpy as np
 import pytest
 
@@ -50,21 +49,11 @@ def test_both_ways_agree(tmp_path, suffix, codec, rate, options):
     assert packets.is_keyframe[0]
 
 
-@pytest.mark.parametrize(
-    ("suffix", "codec", "options"),
-    [
-        ("h264", "libx264", {"bf": "0"}),  # no times at all
-        ("avi", "libx264", {"preset": "medium"}),  # decoding times only, and frames are shown in another order
-        ("m4v", "mpeg4", {"bf": "2"}),
-    ],
-)
-def test_packets_without_times_are_not_believed(tmp_path, suffix, codec, options):
-    demuxed, decoded = both(write_clip(tmp_path / f"clip.{suffix}", 30, 25, codec=codec, options=options))
-    if demuxed is not None:
-        # What seems to have times is checked against the decoded frames while reading.
-        assert demuxed[0].pts.tolist() != decoded.pts.tolist()
-    assert np.all(np.diff(decoded.pts) >= 0)
-    assert len(decoded.pts) == 30
+def test_packets_without_times_are_not_believed(tmp_path):
+    demuxed, decoded = both(write_clip(tmp_path / "clip.h264", 30, 25, codec="libx264", options={"bf": "0"}))
+    assert demuxed is None
+    # Counted at the rate that the stream states.
+    assert np.diff(decoded.pts * decoded.time_base).tolist() == [Fraction(1, 25)] * 29
 
 
 def rows(groups):
@@ -95,22 +84,6 @@ def test_packets_before_the_first_keyframe_are_a_group_too():
     assert not _groups_follow(columns)
     columns[:, 2] = 0
     assert _groups_follow(columns)
-
-
-def test_a_file_whose_groups_are_stored_in_another_order(tmp_path):
-    path = write_clip(tmp_path / "clip.mkv", 60, 25, options={"g": "20", "bf": "0"})
-    swapped = str(tmp_path / "swapped.ts")
-    with av.open(path) as container, av.open(swapped, "w") as output:
-        packets = [packet for packet in container.demux(video=0) if packet.size]
-        stream = output.add_stream_from_template(container.streams.video[0])
-        for i, packet in enumerate([*packets[:20], *packets[40:], *packets[20:40]]):
-            packet.dts = packets[i].dts if i < 20 else i * 40
-            packet.pts = packet.dts if i < 20 else {0: 40, 1: 20}[i >= 40] * 40 + (i % 20) * 40
-            packet.pts = max(packet.pts, packet.dts)
-            packet.stream = stream
-            output.mux(packet)
-    demuxed, _ = both(swapped)
-    assert demuxed is None or np.all(np.diff(demuxed[1].pts[demuxed[1].is_keyframe]) > 0)
 
 
 def test_ffmpegs_choice_between_the_two_times():
