@@ -131,6 +131,11 @@ def test_pixels_of_a_frame_that_grows_on_the_way(tmp_path):
     large = write_clip(tmp_path / "large.h264", 30, 25, container_format="h264", options=FAST, height=480, width=640)
     both = tmp_path / "both.h264"
     both.write_bytes(Path(small).read_bytes() + Path(large).read_bytes())
+    with pytest.raises(ValueError, match=r"^Expected video 0 with at most 40000 pixels per frame, got 640 x 480\.$"):
+        VideoLlama3VideoProcessor(max_frame_pixels=200 * 200)([str(both)])
+    # What would take much memory is not even decoded.
+    write_clip(large, 2, 25, container_format="h264", options=FAST, height=2176, width=3840)
+    both.write_bytes(Path(small).read_bytes() + Path(large).read_bytes())
     with pytest.raises(ValueError, match=r"^Expected video 0 as a whole video file, but decoding failed: "):
         VideoLlama3VideoProcessor(max_frame_pixels=200 * 200)([str(both)])
 

@@ -156,13 +156,12 @@ def decode_spans(
     """
     codec = stream.codec_context
     can_skip = codec.name in _CODECS_WITH_SKIPPABLE_FRAMES
-    packets = _Packets(container, stream, table)
+    packets = _Packets(container, stream, table, deadline)
     for number, span in enumerate(spans):
         if number:
             codec.flush_buffers()
         frames = _SpanFrames(table, span)
         for index, packet in packets.between(span.first, span.last):
-            deadline.check()
             if can_skip:
                 codec.skip_frame = "DEFAULT" if int(table.pts[index]) in span.wanted else "NONREF"
             frames.add(_decode(codec, packet))
@@ -228,7 +227,8 @@ class _SpanFrames:
 class _Packets:
     """Walks through a stream's packets by their index in the table, seeking where that saves reading."""
 
-    def __init__(self, container: Any, stream: Any, table: PacketTable) -> None:
+    def __init__(self, container: Any, stream: Any, table: PacketTable, deadline: Deadline) -> None:
+        self._deadline = deadline
         self._container = container
         self._stream = stream
         self._table = table
@@ -258,6 +258,7 @@ class _Packets:
                 yield index, packet
 
     def _read(self) -> Any:
+        self._deadline.check()
         try:
             return next(self._demuxed, None)
         except av.error.FFmpegError as error:

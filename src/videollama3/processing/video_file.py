@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import os
 import time
@@ -22,8 +23,27 @@ from .media_sources import describe
 
 # Demuxers that draw any text file as a video, chosen by a file name's ending.
 _TEXT_FORMATS = frozenset({"tty", "bin", "xbin", "adf", "idf"})
-# Demuxers whose files name other files.
-_PLAYLIST_FORMATS = frozenset({"hls", "hls,applehttp", "concat", "dash", "imf"})
+# Demuxers whose files name other files or hosts, which they open at once: never tried.
+_PLAYLIST_FORMATS = frozenset(
+    {
+        "hls",
+        "applehttp",
+        "concat",
+        "concatf",
+        "dash",
+        "webm_dash_manifest",
+        "imf",
+        "sdp",
+        "rtsp",
+        "rtp",
+        "sap",
+        "vobsub",
+    }
+)
+_FORMATS = ",".join(sorted({part for name in av.formats_available for part in name.split(",")} - _PLAYLIST_FORMATS))
+
+# Codecs' own limit.
+_MAX_SIDE = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +106,10 @@ def open_video(source: str | BinaryIO, *, name: str, limits: ReadingLimits) -> I
             os.path.abspath(source) if isinstance(source, str) else source,
             mode="r",
             # A crafted file may name others: no protocol but the one that the file itself is read by.
-            options={"protocol_whitelist": "file" if isinstance(source, str) else "none"},
+            options={
+                "protocol_whitelist": "file" if isinstance(source, str) else "none",
+                "format_whitelist": _FORMATS,
+            },
             timeout=(limits.max_seconds, limits.max_seconds),
             # Titles are never shown, and in damaged files they are no text.
             metadata_errors="replace",
@@ -94,27 +117,30 @@ def open_video(source: str | BinaryIO, *, name: str, limits: ReadingLimits) -> I
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(
             f"Expected {name} as a whole video file, got {describe(source)!r}, which could not be opened: "
-            f"{error.strerror}."
+            f"{error.strerror}{' (playlists are refused)' if error.errno == errno.EINVAL else ''}."
         ) from error
     with container:
-        for kind, formats in (("text", _TEXT_FORMATS), ("a playlist", _PLAYLIST_FORMATS)):
-            if container.format.name in formats:
-                raise ValueError(f"Expected {name} as a video file, got {describe(source)!r}, which is {kind}.")
+        if container.format.name in _TEXT_FORMATS:
+            raise ValueError(f"Expected {name} as a video file, got {describe(source)!r}, which is text.")
         stream = _video_stream(container, source, name)
         codec = stream.codec_context
         if codec is None:
             raise ValueError(f"Expected {name} in a format that can be decoded, got an unknown one.")
-        if codec.width * codec.height > limits.max_pixels:
-            raise ValueError(
-                f"Expected {name} with at most {limits.max_pixels} pixels per frame, got "
-                f"{codec.width} x {codec.height}."
-            )
-        # The same for sizes that change on the way.
-        codec.options = {"max_pixels": str(limits.max_pixels)}
+        check_pixels(codec, name=name, limits=limits)
+        # The same for sizes that change on the way; decoders count rows padded to 64 pixels.
+        codec.options = {"max_pixels": str(limits.max_pixels + 64 * _MAX_SIDE)}
         # More threads cost a quarter more work, patch damaged frames up differently each time, and have crashed on
         # damaged data after a seek (FFmpeg 8.1, VP9). Several groups of pictures are decoded at a time instead.
         codec.thread_count = 1
         yield container, stream
+
+
+def check_pixels(sized: Any, *, name: str, limits: ReadingLimits) -> None:
+    """Raises ValueError when something with a width and a height (a codec, a frame) is larger than the limit."""
+    if sized.width * sized.height > limits.max_pixels:
+        raise ValueError(
+            f"Expected {name} with at most {limits.max_pixels} pixels per frame, got {sized.width} x {sized.height}."
+        )
 
 
 def _video_stream(container: Any, source: str | BinaryIO, name: str) -> Any:

@@ -30,7 +30,7 @@ from .frame_sampling import FrameTimes, SampledFrames, sample_frames
 from .frame_timing import times_by_decoding, times_by_demuxing
 from .media_sources import Pixels
 from .read_ahead import ReadAhead
-from .video_file import Deadline, ReadingLimits, decode_frames, first_frame, open_video
+from .video_file import Deadline, ReadingLimits, check_pixels, decode_frames, first_frame, open_video
 
 Progress = Callable[[int, int], None]
 Prepare = Callable[[Pixels], Pixels]
@@ -266,6 +266,7 @@ def _to_pictures(
 
 
 def _to_rgb(converter: Any, frame: Any, plan: VideoPlan) -> Pixels:
+    check_pixels(frame, name=plan.name, limits=plan.limits)
     try:
         pixels: Pixels = converter.reformat(frame, format="rgb24").to_ndarray()
     except av.error.FFmpegError as error:
