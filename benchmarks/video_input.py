@@ -35,13 +35,22 @@ import processor
 
 import media
 
-RATE = 25
-# repeat: a minute is encoded once, and its packets repeated.
+RATE = [25, 1]
+# repeat: a minute is encoded once, and its packets repeated. In the first clip of an hour the frames that transformers
+# takes, the first of every 20th second, are all keyframes; at 29.97 frames per second, as in most files, few are.
 CASES: dict[str, dict[str, Any]] = {
     "12 s 640x360": {"seconds": 12, "width": 640, "height": 360, "gop": 250},
     "60 s 1280x720": {"seconds": 60, "width": 1280, "height": 720, "gop": 250},
     "10 min 1280x720, GOP 250": {"seconds": 60, "repeat": 10, "width": 1280, "height": 720, "gop": 250},
     "1 h 640x360, GOP 50": {"seconds": 60, "repeat": 60, "width": 640, "height": 360, "gop": 50},
+    "1 h 640x360 at 29.97, GOP 60": {
+        "seconds": 60,
+        "repeat": 60,
+        "width": 640,
+        "height": 360,
+        "gop": 60,
+        "rate": [30000, 1001],
+    },
     "2 min screen 1280x720, GOP 100": {
         "seconds": 60,
         "repeat": 2,
@@ -208,15 +217,23 @@ def make_clip(folder: Path, case: dict[str, Any]) -> Path:
     """A clip of `seconds` of moving content, its packets repeated `repeat` times."""
     repeat = case.get("repeat", 1)
     kind = "screen" if case.get("screen") else "scene"
-    name = f"{kind}_{case['seconds']}s_{case['width']}x{case['height']}_gop{case['gop']}"
+    name = f"{kind}_{case['seconds']}s_{case['width']}x{case['height']}_gop{case['gop']}_{float(rate_of(case)):.0f}"
     path = folder / f"{name}_x{repeat}.mp4"
     if path.exists():
         return path
     if repeat == 1:
         encode(path, case)
     else:
-        concatenate(make_clip(folder, {**case, "repeat": 1}), path, repeat, case["seconds"])
+        concatenate(make_clip(folder, {**case, "repeat": 1}), path, repeat, num_frames(case) / rate_of(case))
     return path
+
+
+def rate_of(case: dict[str, Any]) -> Fraction:
+    return Fraction(*case.get("rate", RATE))
+
+
+def num_frames(case: dict[str, Any]) -> int:
+    return int(case["seconds"] * rate_of(case))
 
 
 def encode(path: Path, case: dict[str, Any]) -> None:
@@ -228,13 +245,13 @@ def encode(path: Path, case: dict[str, Any]) -> None:
     paint = painter(width, height, screen=bool(case.get("screen")))
     part = path.with_suffix(".part.mp4")
     with av.open(str(part), "w") as container:
-        stream = container.add_stream("libx264", rate=RATE, options=options)
+        stream = container.add_stream("libx264", rate=rate_of(case), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # PyAV's default, threads by slice, would cut each picture into slices, as files from elsewhere are not.
         stream.codec_context.thread_type = "FRAME"
-        for number in range(case["seconds"] * RATE):
+        for number in range(num_frames(case)):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(paint(number)), format="rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, RATE)
+            frame.pts, frame.time_base = number, 1 / rate_of(case)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     part.replace(path)
@@ -250,7 +267,7 @@ def painter(width: int, height: int, *, screen: bool) -> Callable[[int], Any]:
         pages = [np.repeat(np.repeat(page, 4, 0), 2, 1).repeat(3, 2).astype(np.uint8) for page in pages]
 
         def page_with_pointer(number: int) -> Any:
-            picture = pages[number // (6 * RATE) % len(pages)].copy()
+            picture = pages[number // 150 % len(pages)].copy()
             top, left = (number * 2) % (height - 12), (number * 3) % (width - 12)
             picture[top : top + 12, left : left + 12] = (200, 30, 30)
             return picture
@@ -270,7 +287,7 @@ def painter(width: int, height: int, *, screen: bool) -> Callable[[int], Any]:
     return scene
 
 
-def concatenate(source: Path, target: Path, repeat: int, seconds: int) -> None:
+def concatenate(source: Path, target: Path, repeat: int, seconds: Fraction) -> None:
     """Writes the packets of a file several times over, one after the other."""
     import av
 
@@ -281,7 +298,7 @@ def concatenate(source: Path, target: Path, repeat: int, seconds: int) -> None:
             with av.open(str(source)) as container:
                 video = container.streams.video[0]
                 stream = stream or output.add_stream_from_template(video)
-                shift = int(number * seconds / video.time_base)
+                shift = round(number * seconds / video.time_base)
                 for packet in container.demux(video):
                     if packet.size:
                         packet.pts, packet.dts = packet.pts + shift, packet.dts + shift

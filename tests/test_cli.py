@@ -82,6 +82,35 @@ def test_inspect_prints_tokens_and_draws_what_the_model_sees(tmp_path, capsys):
     assert np.array_equal((first[28:] * 0.25).astype(int), second[28:])
 
 
+def test_inspect_says_beforehand_what_a_video_costs(clip, tmp_path, capsys, monkeypatch):
+    from videollama3.processing import video_reading
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a plan decodes nothing")
+
+    monkeypatch.setattr(video_reading, "decode_spans", refuse)
+    sheet = tmp_path / "sheet.png"
+    assert main(["inspect", clip, "--plan", "--fps", "2", "--max-frames", "5", "-o", str(sheet)]) == 0
+    assert capsys.readouterr().out == (
+        f"{clip}: 5 frames, each 196 x 84 pixels after resizing\n"
+        "patches for the vision encoder: 420\n"
+        "visual tokens before pruning:   105\n"
+        "pixel tensor as float32         0.9 MiB\n"
+        "pixel tensor as uint8           0.2 MiB\n"
+    )
+    assert not sheet.exists()
+
+
+def test_the_plan_keeps_a_token_budget(clip, capsys):
+    assert main(["inspect", clip, "--plan", "--max-visual-tokens", "30"]) == 0
+    planned = capsys.readouterr().out
+    assert main(["inspect", clip, "--max-visual-tokens", "30"]) == 0
+    seen = capsys.readouterr().out
+    # 3 frames of 4 x 2 tokens: the largest grid of the clip's shape.
+    assert "visual tokens before pruning:   24\n" in planned
+    assert " of 24 visual tokens kept" in seen
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

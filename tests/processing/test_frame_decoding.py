@@ -1,12 +1,21 @@
 """Only what chosen frames need is decoded, and it gives the same pixels as decoding everything."""
 
+import dataclasses
+
 import av
 import numpy as np
 import pytest
 
 from tests.media import numbered_picture, read_number, write_clip
 from videollama3.processing import video_reading
-from videollama3.processing.frame_decoding import DecodingError, PacketTable, Span, decode_spans, plan_spans
+from videollama3.processing.frame_decoding import (
+    DecodingError,
+    PacketTable,
+    Span,
+    _SpanFrames,
+    decode_spans,
+    plan_spans,
+)
 from videollama3.processing.video_file import Deadline
 from videollama3.processing.video_reading import plan_video, read_frames
 
@@ -130,3 +139,61 @@ def test_broken_seeking_falls_back_to_decoding_from_the_start(tmp_path, monkeypa
 
     monkeypatch.setattr(video_reading, "decode_spans", broken)
     assert [read_number(picture) for picture in read_frames(plan)] == [249, 499]
+
+
+@dataclasses.dataclass
+class Shown:
+    """What is looked at of a decoded frame."""
+
+    pts: int | None
+    is_corrupt: bool = False
+    key_frame: bool = False
+
+
+def test_a_frame_waits_for_what_it_may_refer_to():
+    # I0 P8 B4 B2: 2 comes out first, and is right only if 4 and 8 are.
+    frames = _SpanFrames(table([0, 8, 4, 2], [0]), Span(0, 3, frozenset({0, 2})))
+    frames.add([Shown(0, key_frame=True)])
+    assert [frame.pts for frame in frames.ready()] == [0]
+    frames.add([Shown(2), Shown(4)])
+    assert list(frames.ready()) == []
+    with pytest.raises(DecodingError, match=r"^the frame at 8 came out damaged$"):
+        frames.add([Shown(8, is_corrupt=True)])
+    assert list(frames.ready()) == []
+
+
+def test_frames_that_wait_come_at_the_end():
+    frames = _SpanFrames(table([0, 8, 4, 2], [0]), Span(0, 3, frozenset({2, 8})))
+    frames.add([Shown(0), Shown(2), Shown(8)])  # 4 was not asked for
+    assert [frame.pts for frame in frames.ready()] == [2, 8]
+    frames = _SpanFrames(table([0, 8, 4, 2], [0]), Span(0, 3, frozenset({2, 8})))
+    frames.add([Shown(0), Shown(2)])
+    with pytest.raises(DecodingError, match=r"^the frame at 8 did not come out of its group of pictures$"):
+        list(frames.all())
+
+
+@pytest.mark.parametrize(
+    ("shown", "message"),
+    [
+        ([Shown(4), Shown(2)], "a frame of time 2 came after one of time 4"),
+        ([Shown(None)], "a frame of time None came after one of time -inf"),
+        ([Shown(3, is_corrupt=True)], "the frame at 3 came out damaged"),
+        ([Shown(5, key_frame=False)], "the frame at 5 is no keyframe"),
+    ],
+)
+def test_frames_that_a_span_cannot_give(shown, message):
+    packets = table([0, 2, 1, 5, 7, 6], [0, 3])
+    with pytest.raises(DecodingError, match=f"^{message}$"):
+        _SpanFrames(packets, Span(3, 5, frozenset({6}))).add(shown)
+
+
+def test_a_container_that_calls_another_frame_a_keyframe(tmp_path):
+    """Decoding does not begin there; the frames are right all the same."""
+    pictures = [numbered_picture(i) for i in range(60)]
+    path = write_clip(tmp_path / "clip.mp4", 60, 25, codec="mpeg4", pictures=pictures, options={"g": "40", "bf": "0"})
+    plan = plan_video(path, name="video 0", fps=25, max_frames=60, start_time=1, end_time=2)
+    is_keyframe = plan.packets.is_keyframe.copy()
+    is_keyframe[20] = True
+    lying = dataclasses.replace(plan, packets=dataclasses.replace(plan.packets, is_keyframe=is_keyframe))
+    for picture, other in zip(read_frames(lying), read_frames(plan), strict=True):
+        assert np.array_equal(picture, other)
