@@ -9,7 +9,7 @@ PIP_QUIET := --quiet --disable-pip-version-check
 # Tests build tiny checkpoints: nothing is fetched from the Hub.
 TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: demo test test-oldest test-slow check lint types package venv clean
+.PHONY: demo test test-oldest test-slow check lint types package fuzz venv clean
 
 demo: $(VENV)/installed  ## encode a clip and ask about it
 	$(VENV)/bin/python examples/make_clip.py demo/clip.mp4
@@ -48,6 +48,9 @@ $(OLDEST)/installed: pyproject.toml constraints.txt
 
 package: $(VENV)/installed  ## wheel and sdist in dist/
 	$(VENV)/bin/python -m build
+
+fuzz: $(VENV)/installed  ## thousands of damaged files; takes long
+	$(TEST) $(VENV)/bin/python benchmarks/fuzz_files.py --count 5000
 
 clean:
 	rm -rf $(VENV) $(OLDEST) dist demo
