@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import cached_file
 
 from .conversations import Conversation, MediaReference, is_batch, read_conversation
+from .encoded_prompt import EncodedPrompt
 from .image_processing_videollama3 import VideoLlama3ImageProcessor, image_rows
 from .media_requests import (
     EncodedMedia,
@@ -37,6 +39,7 @@ from .prompt_tokens import (
     PromptTokenizer,
     timestamp_text,
 )
+from .stream_messages import MAX_STREAM_FRAMES, check_timed_messages, first_frames, interleave, select_messages
 from .token_rows import batch_rows, truncate_row
 from .video_processing_videollama3 import (
     PER_VIDEO_OPTIONS,
@@ -268,6 +271,89 @@ class VideoLlama3Processor(ProcessorMixin):
         ids = features["input_ids"]
         return ids if is_batch(conversation) or return_tensors == "pt" else ids[0]
 
+    def encode_conversation(
+        self,
+        conversation: Any,
+        *,
+        chat_template: str | None = None,
+        add_system_prompt: bool = False,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> EncodedPrompt:
+        """Prepares one conversation and leaves padding, packing and labels to the caller.
+
+        Args:
+            conversation: messages with content dicts.
+            chat_template: another template than the processor's.
+            add_system_prompt: put the released models' system prompt first.
+            add_generation_prompt: let the assistant speak next.
+            kwargs: options of `__call__` on media.
+
+        Returns:
+            Token ids, the masks that grew with them, and the encoded media.
+        """
+        options = self._read_options(kwargs)
+        row = read_conversation(conversation)
+        variables = {"add_system_prompt": add_system_prompt, "add_generation_prompt": add_generation_prompt}
+        pieces = self._pieces(row, chat_template, variables)
+        media = self._encode_media(row.media, options, "")
+        return EncodedPrompt(self._prompts.tokenize(self._expand(pieces, media)), media)
+
+    def encode_stream(
+        self,
+        video: Any,
+        messages: Any,
+        *,
+        start_time: float | None = None,
+        end_time: float | None = None,
+        max_frames: int = MAX_STREAM_FRAMES,
+        chat_template: str | None = None,
+        add_system_prompt: bool = False,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> EncodedPrompt:
+        """Prepares a conversation about a video that runs meanwhile.
+
+        The frames up to each message's time come before it, each as a `stream` message of its own, labelled with
+        the seconds since `start_time`; they are one video, and each is pruned against the frame before it
+        whatever was said between them. Frames after the last message are not read.
+
+        Args:
+            video: one video, as in a content dict.
+            messages: dicts with `role`, `content` (text only) and `time` in seconds of the video.
+            start_time: beginning of the window in seconds of the video.
+            end_time: end of the window.
+            max_frames: later frames, and messages from the first of them on, are dropped.
+            chat_template: another template than the processor's.
+            add_system_prompt: put the released models' system prompt first.
+            add_generation_prompt: let the assistant speak next.
+            kwargs: options of `__call__` on media.
+
+        Returns:
+            Token ids, the masks that grew with them, and the video.
+
+        Raises:
+            TypeError: for messages without times.
+            ValueError: for messages out of order or with media of their own, and where no frame or no message
+                is left.
+        """
+        options = self._read_options({**kwargs, "start_time": start_time, "end_time": end_time})
+        timed = check_timed_messages(messages)
+        if read_conversation(timed).media:
+            raise ValueError("Expected messages of a stream with text only, got one with an image or a video.")
+        # All ticks are planned, since the limit drops the last ones instead of spreading over the whole.
+        reference = MediaReference("video", video, {"max_frames": sys.maxsize}, "video")
+        (planned,) = self._plan_media([reference], options, "")
+        assert planned.timestamps is not None
+        timed, count = select_messages(planned.timestamps.tolist(), timed, max_frames=max_frames)
+        (encoded,) = self._encode_planned([first_frames(planned, count)], options)
+        assert encoded.timestamps is not None
+        shown = interleave(encoded.timestamps.tolist(), timed, start_time=start_time or 0.0)
+        variables = {"add_system_prompt": add_system_prompt, "add_generation_prompt": add_generation_prompt}
+        frames = [MediaReference("image", None, {}, "frame")] * encoded.grid_thw[0]
+        pieces = self._pieces(Conversation(shown, frames), chat_template, variables)
+        return EncodedPrompt(self._prompts.tokenize(self._expand_frames(pieces, encoded)), [encoded])
+
     def estimate(self, conversation: Any, **kwargs: Any) -> RequestEstimate:
         """Says what a conversation will cost before pruning, without decoding its videos.
 
@@ -415,16 +501,20 @@ class VideoLlama3Processor(ProcessorMixin):
         # Prompts first: a broken template or part shows before minutes of decoding.
         rendered = []
         for row in batch:
-            text, mark = self._prompts.render(row.messages, self._template(chat_template), **variables)
-            pieces = self._prompts.split(text, mark)
-            self._check_count(pieces, row.media)
-            rendered.append(pieces)
+            rendered.append(self._pieces(row, chat_template, variables))
         for i, (row, pieces) in enumerate(zip(batch, rendered, strict=True)):
             prefix = f"row {i}, " if len(batch) > 1 else ""
             encoded = self._encode_media(row.media, options, prefix)
             media += encoded
             rows.append(self._expand(pieces, encoded))
         return self._finish(rows, media, options)
+
+    def _pieces(self, row: Conversation, chat_template: str | None, variables: dict[str, Any]) -> list[Piece]:
+        """The rendered prompt, cut at its control tokens, with one placeholder per medium."""
+        text, mark = self._prompts.render(row.messages, self._template(chat_template), **variables)
+        pieces = self._prompts.split(text, mark)
+        self._check_count(pieces, row.media)
+        return pieces
 
     def _check_count(self, pieces: list[Piece], media: Sequence[Any]) -> None:
         count = sum(piece.token_id is not None and piece.text in self._prompts.placeholders for piece in pieces)
@@ -479,8 +569,11 @@ class VideoLlama3Processor(ProcessorMixin):
         self, references: Sequence[MediaReference], options: dict[str, Any], prefix: str
     ) -> list[EncodedMedia]:
         """Plans, reads and prunes the media of one request."""
+        return self._encode_planned(self._plan_media(references, options, prefix), options)
+
+    def _encode_planned(self, planned: Sequence[PlannedMedia], options: dict[str, Any]) -> list[EncodedMedia]:
         return encode_request(
-            self._plan_media(references, options, prefix),
+            planned,
             image=self.image_processor.settings(**_pick(options, _IMAGE_SETTINGS, "image_")),
             video=self.video_processor.settings(**_pick(options, _VIDEO_SETTINGS, "video_")),
             max_visual_tokens=options.get("max_visual_tokens"),
@@ -526,6 +619,16 @@ class VideoLlama3Processor(ProcessorMixin):
                 assert item.timestamps is not None
                 expanded += self._prompts.video_pieces(item.timestamps.tolist(), item.kept_per_frame)
         return expanded
+
+    def _expand_frames(self, pieces: list[Piece], video: EncodedMedia) -> list[Piece]:
+        """Puts the kept tokens of one frame of a video for each placeholder; its time stands in the prompt."""
+        counts = iter(video.kept_per_frame)
+        return [
+            Piece(VIDEO_PLACEHOLDER, self.video_token_id, next(counts))
+            if piece.token_id is not None and piece.text in self._prompts.placeholders
+            else piece
+            for piece in pieces
+        ]
 
     def _finish(self, rows: list[list[Piece]], media: list[EncodedMedia], options: dict[str, Any]) -> BatchFeature:
         limit = None

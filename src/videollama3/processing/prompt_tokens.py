@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,8 @@ VIDEO_PLACEHOLDER = "<|video_pad|>"
 # The authors' placeholder, of an image or of one frame.
 OFFICIAL_PLACEHOLDER = "<image>"
 _ASSISTANT_HEADER = "assistant\n"
+_STREAM_START, _STREAM_END = "<|stream_start|>", "<|stream_end|>"
+_MESSAGE_STARTS = ("<|im_start|>", _STREAM_START)
 
 
 def timestamp_text(seconds: float) -> str:
@@ -124,25 +126,42 @@ class Piece:
         text: the text, or the control token's.
         token_id: id of a control token or placeholder; None for text.
         count: how many times the token stands.
+        lead: how many characters at the end of a text belong to the picture after it: a frame's time.
     """
 
     text: str
     token_id: int | None = None
     count: int = 1
+    lead: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedPrompt:
-    """Token ids of one row and the mask of what the assistant says.
+    """Token ids of one row, the mask of what the assistant says, and where pictures stand.
 
     Attributes:
         input_ids: token ids.
         assistant_mask: 1 on tokens of assistant messages, their closing `<|im_end|>` included, the header
             and the newline after it not.
+        after_stream_mask: 1 on the first token of every message that follows a `stream` message: there the
+            model decides to speak (`<|im_start|>`) or to stay silent (`<|stream_start|>`).
+        pictures: (begin, end) of the tokens of each image or frame, from its time on, in order; of the first
+            in a `stream` message from the message's beginning on.
     """
 
     input_ids: list[int]
     assistant_mask: list[int]
+    after_stream_mask: list[int] = dataclasses.field(default_factory=list)
+    pictures: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+    def cut(self, length: int) -> TokenizedPrompt:
+        """The first `length` tokens, with the pictures that lie whole among them."""
+        return TokenizedPrompt(
+            self.input_ids[:length],
+            self.assistant_mask[:length],
+            self.after_stream_mask[:length],
+            [(begin, end) for begin, end in self.pictures if end <= length],
+        )
 
 
 class PromptTokenizer:
@@ -241,36 +260,22 @@ class PromptTokenizer:
         """What one video becomes: `Time 0.0s:` and the frame's kept tokens, frames joined by commas."""
         pieces = []
         for i, (seconds, count) in enumerate(zip(timestamps, kept_per_frame, strict=True)):
-            pieces.append(Piece(("," if i else "") + f"Time {timestamp_text(seconds)}s:"))
+            text = ("," if i else "") + f"Time {timestamp_text(seconds)}s:"
+            pieces.append(Piece(text, lead=len(text)))
             pieces.append(Piece(VIDEO_PLACEHOLDER, self.video_token_id, count))
         return pieces
 
     def tokenize(self, pieces: list[Piece]) -> TokenizedPrompt:
-        """Ids and assistant mask of one row, grown together."""
+        """Ids, masks and places of pictures of one row, grown together."""
         pieces = _join_text(pieces)
-        texts = [piece.text for piece in pieces if piece.token_id is None]
-        encoded = iter(self._encode(texts))
-        ids: list[int] = []
-        mask: list[int] = []
-        speaking = False
-        previous: str | None = None
+        encoded = iter(self._encode([piece.text for piece in pieces if piece.token_id is None]))
+        row = _GrowingRow({self.image_token_id, self.video_token_id})
         for piece in pieces:
             if piece.token_id is not None:
-                ids += [piece.token_id] * piece.count
-                mask += [int(speaking)] * piece.count
-                if piece.text == "<|im_end|>":
-                    speaking = False
-                previous = piece.text
-                continue
-            piece_ids, offsets = next(encoded)
-            begin = 0
-            if previous == "<|im_start|>":
-                speaking = piece.text.startswith(_ASSISTANT_HEADER)
-                begin = len(_ASSISTANT_HEADER)
-            ids += piece_ids
-            mask += [int(speaking and end > begin) for _, end in offsets]
-            previous = None
-        return TokenizedPrompt(ids, mask)
+                row.add_tokens(piece, piece.token_id)
+            else:
+                row.add_text(piece, *next(encoded))
+        return TokenizedPrompt(row.ids, row.assistant_mask, row.after_stream_mask, row.pictures)
 
     def ends_with_generation_prompt(self, pieces: list[Piece]) -> bool:
         """Whether the model is to speak next."""
@@ -297,6 +302,53 @@ class PromptTokenizer:
         return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
 
+class _GrowingRow:
+    """The lists of a `TokenizedPrompt`, and what has to be remembered while they grow."""
+
+    def __init__(self, placeholder_ids: Collection[int]) -> None:
+        self.ids: list[int] = []
+        self.assistant_mask: list[int] = []
+        self.after_stream_mask: list[int] = []
+        self.pictures: list[tuple[int, int]] = []
+        self._placeholder_ids = placeholder_ids
+        self._previous: str | None = None
+        self._speaking = False
+        self._stream_ended = False
+        # Where what belongs to the next picture begins; None: with the picture itself.
+        self._picture_begin: int | None = None
+
+    def add_tokens(self, piece: Piece, token_id: int) -> None:
+        begin = len(self.ids)
+        opens = piece.text in _MESSAGE_STARTS
+        self.ids += [token_id] * piece.count
+        self.assistant_mask += [int(self._speaking)] * piece.count
+        self.after_stream_mask += [int(opens and self._stream_ended)] * piece.count
+        if opens:
+            self._stream_ended = False
+            self._picture_begin = begin if piece.text == _STREAM_START else None
+        elif token_id in self._placeholder_ids:
+            self.pictures.append((begin if self._picture_begin is None else self._picture_begin, len(self.ids)))
+            self._picture_begin = None
+        elif piece.text == "<|im_end|>":
+            self._speaking = False
+        elif piece.text == _STREAM_END:
+            self._stream_ended = True
+        self._previous = piece.text
+
+    def add_text(self, piece: Piece, ids: list[int], offsets: list[tuple[int, int]]) -> None:
+        begin = 0
+        if self._previous == "<|im_start|>":
+            self._speaking = piece.text.startswith(_ASSISTANT_HEADER)
+            begin = len(_ASSISTANT_HEADER)
+        if piece.lead and self._picture_begin is None:
+            before = sum(end <= len(piece.text) - piece.lead for _, end in offsets)
+            self._picture_begin = len(self.ids) + before
+        self.ids += ids
+        self.assistant_mask += [int(self._speaking and end > begin) for _, end in offsets]
+        self.after_stream_mask += [0] * len(ids)
+        self._previous = None
+
+
 def _unmark(text: str, mark: str | None) -> str:
     return text.replace(mark, "") if mark else text
 
@@ -306,7 +358,7 @@ def _join_text(pieces: list[Piece]) -> list[Piece]:
     joined: list[Piece] = []
     for piece in pieces:
         if piece.token_id is None and joined and joined[-1].token_id is None:
-            joined[-1] = Piece(joined[-1].text + piece.text)
+            joined[-1] = Piece(joined[-1].text + piece.text, lead=piece.lead)
         elif piece.token_id is not None or piece.text:
             joined.append(piece)
     return joined

@@ -29,7 +29,7 @@ def truncate_row(
             f"Expected row {row} to fit max_length={limit} without cutting visual tokens, got "
             f"{len(prompt.input_ids)} tokens: raise max_length, or lower max_frames or max_visual_tokens."
         )
-    return TokenizedPrompt(prompt.input_ids[:limit], prompt.assistant_mask[:limit])
+    return prompt.cut(limit)
 
 
 def batch_rows(

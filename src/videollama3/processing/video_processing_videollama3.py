@@ -104,6 +104,15 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
         self.max_frame_pixels = max_frame_pixels
         self.max_duration_seconds = max_duration_seconds
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoVideoProcessor") -> None:
+        """As transformers' video processors: the base class would register an image processor.
+
+        Args:
+            auto_class: the Auto class that a saved folder names this class for.
+        """
+        super().register_for_auto_class(auto_class)
+
     def settings(self, **overrides: Any) -> PixelSettings:
         """The settings as a record; `overrides` that are None leave the processor's own value."""
         own = {
