@@ -1,0 +1,1 @@
+"""Conversations -> labelled, packed batches -> steps."""
