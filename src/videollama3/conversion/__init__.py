@@ -1,0 +1,1 @@
+"""Weights, configurations and Hub folders between the layouts."""
