@@ -13,6 +13,9 @@ tokens). Sides:
 - ffmpeg: where the binary is there, the authors' filter (`fps=1:round=down`), all frames piped, ours as above;
 - floor: the decoding that the wanted frames need, alone: no conversion, no resizing, one thread.
 
+A second table says where our CPU seconds go, one step after the other in one thread: demuxing all packets for their
+times, decoding (the floor), converting wanted frames to RGB, Pillow's resize, and cutting, pruning and normalising.
+
 Each figure is of a process of its own that has warmed up on another clip; sides take turns. Memory is the
 highest resident memory above that of the process before the call.
 """
@@ -82,6 +85,7 @@ PAIRS = (
     ("ours", "floor"),
 )
 FIGURES = ("wall_seconds", "cpu_seconds", "peak_mib")
+STEPS = ("demux", "decode", "to RGB", "resize", "patches")
 
 
 def main() -> None:
@@ -184,7 +188,9 @@ def run_case(
         for side, other in PAIRS
         if side in measured and other in measured
     }
-    return {"clip": case, "sides": measured, "ratios": ratios}
+    steps = [common.run_fresh(__file__, {"side": "steps", "path": path, "max_frames": 180}) for _ in range(rounds)]
+    profile = {step: common.middle([run[step] for run in steps]) for step in STEPS}
+    return {"clip": case, "sides": measured, "ratios": ratios, "cpu_seconds_of_steps": profile}
 
 
 def show(cases: dict[str, dict[str, Any]]) -> None:
@@ -208,6 +214,12 @@ def show(cases: dict[str, dict[str, Any]]) -> None:
         for label, values in case["ratios"].items()
     ]
     common.print_table(["clip", "ratio", "wall", "CPU", "peak memory"], rows)
+    print("\nCPU seconds of our steps, medians.")
+    rows = [
+        [name, *(f"{case['cpu_seconds_of_steps'][step]['median']:.2f}" for step in STEPS)]
+        for name, case in cases.items()
+    ]
+    common.print_table(["clip", *STEPS], rows)
 
 
 # ---------------------------------------------------------------------------------------------- clips
@@ -314,6 +326,9 @@ def work(spec: dict[str, Any]) -> None:
     """One process of one side: sets up, warms up, measures, answers."""
     # On every side: transformers itself imports torchvision where it is installed.
     processor.import_torchvision()
+    if spec["side"] == "steps":
+        common.answer(time_steps(spec["path"], spec["max_frames"]))
+        return
     call = SETUPS[spec["side"]](spec)
     call(spec["warm_up"])
     size = [0.0]
@@ -423,6 +438,38 @@ def set_up_floor(spec: dict[str, Any]) -> Callable[[str], None]:
     for path in (spec["warm_up"], spec["path"]):
         plans[path] = plan_video(path, name=path, fps=1, max_frames=spec["max_frames"])
     return call
+
+
+def time_steps(path: str, max_frames: int) -> dict[str, float]:
+    """CPU seconds of each step of our reading, each run alone."""
+    import numpy as np
+
+    import videollama3
+    from videollama3.processing.patches import resize_picture
+    from videollama3.processing.video_reading import plan_video, read_frames
+
+    marks = [common.cpu_seconds()]
+
+    def lap() -> float:
+        marks.append(common.cpu_seconds())
+        return marks[-1] - marks[-2]
+
+    plan = plan_video(path, name=path, fps=1, max_frames=max_frames)
+    seconds = {"demux": lap()}
+    floor = set_up_floor({"warm_up": path, "path": path, "max_frames": max_frames})
+    lap()
+    floor(path)
+    seconds["decode"] = lap()
+    frames = list(read_frames(plan))
+    seconds["to RGB"] = max(0.0, lap() - seconds["decode"])
+    videos = videollama3.VideoLlama3VideoProcessor(min_tokens=processor.MIN_TOKENS, max_tokens=processor.MAX_TOKENS)
+    estimate = videos.estimate([path], max_frames=max_frames).items[0]
+    lap()
+    resized = [resize_picture(frame, estimate.height, estimate.width) for frame in frames]
+    seconds["resize"] = lap()
+    videos([np.stack(resized)], timestamps=[plan.sampled.timestamps.tolist()])
+    seconds["patches"] = lap()
+    return seconds
 
 
 SETUPS: dict[str, Callable[[dict[str, Any]], Callable[[str], Any]]] = {
