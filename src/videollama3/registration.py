@@ -95,7 +95,9 @@ def register() -> None:
     AutoModelForCausalLM.register(VideoLlama3Config, VideoLlama3ForCausalLM, exist_ok=True)
     AutoModelForImageTextToText.register(VideoLlama3Config, VideoLlama3ForCausalLM, exist_ok=True)
     for config, processor, image_processor, video_processor in (
-        (VideoLlama3Config, VideoLlama3Processor, VideoLlama3ImageProcessor, VideoLlama3VideoProcessor),
+        # Image and video processor by their other names: transformers looks registered classes up by name first, and
+        # would give ours to its own processor of the native layout.
+        (VideoLlama3Config, VideoLlama3Processor, Videollama3ImageProcessor, Videollama3VideoProcessor),
         (
             Videollama3Qwen2Config,
             Videollama3Qwen2Processor,
@@ -110,3 +112,10 @@ def register() -> None:
             config, {"pil": image_processor, "torchvision": image_processor}, exist_ok=True
         )
         AutoVideoProcessor.register(config, video_processor, exist_ok=True)
+    for encoder_config, image_processor in (
+        (VideoLlama3VisionConfig, Videollama3ImageProcessor),
+        (Videollama3VisionEncoderConfig, Videollama3ImageProcessor),
+    ):
+        IMAGE_PROCESSOR_MAPPING.register(
+            encoder_config, {"pil": image_processor, "torchvision": image_processor}, exist_ok=True
+        )

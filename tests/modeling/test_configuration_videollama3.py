@@ -27,7 +27,7 @@ def _native():
         "image_token_id": 151655,
         "video_token_id": 151656,
         "tie_word_embeddings": False,
-        "text_config": {"model_type": "qwen2", "hidden_size": 40, "num_hidden_layers": 3, "vocab_size": 333},
+        "text_config": {"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 333},
         "vision_config": {
             "model_type": "video_llama_3_vision",
             "hidden_size": 48,
@@ -63,7 +63,7 @@ def test_whole_defaults():
 
 
 def test_sub_configurations_as_objects_and_as_dictionaries():
-    text, vision = Qwen2Config(hidden_size=40), VideoLlama3VisionConfig(hidden_size=48, num_attention_heads=3)
+    text, vision = Qwen2Config(hidden_size=64), VideoLlama3VisionConfig(hidden_size=48, num_attention_heads=3)
     objects = VideoLlama3Config(text_config=text, vision_config=vision)
     assert objects.text_config is text
     assert objects.vision_config is vision
@@ -77,7 +77,7 @@ def test_sub_configurations_as_objects_and_as_dictionaries():
 )
 def test_the_head_is_tied_as_the_whole_says_or_else_the_text(whole, text, expected):
     changes = {} if whole is None else {"tie_word_embeddings": whole}
-    config = VideoLlama3Config(text_config={"hidden_size": 40, "tie_word_embeddings": text}, **changes)
+    config = VideoLlama3Config(text_config={"hidden_size": 64, "tie_word_embeddings": text}, **changes)
     assert config.tie_word_embeddings is config.text_config.tie_word_embeddings is expected
 
 
@@ -156,7 +156,7 @@ def test_native_layout():
     config = VideoLlama3Config.from_dict(_native())
     assert config.model_type == "videollama3"
     assert config.architectures == ["VideoLlama3ForCausalLM"]
-    assert (config.text_config.hidden_size, config.text_config.vocab_size) == (40, 333)
+    assert (config.text_config.hidden_size, config.text_config.vocab_size) == (64, 333)
     assert config.vision_config.model_type == "videollama3_vision"
     assert (config.vision_config.hidden_size, config.vision_config.rope_theta) == (48, 5000.0)
 

@@ -22,6 +22,28 @@ from .checkpoint_layouts import (
 _DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+# Largest sizes that a configuration may name, far above any real model: what a stranger's file says is bounded
+# before anything is built from it.
+_TEXT_LIMITS = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**40,
+}
+_VISION_LIMITS = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16,
+    "num_channels": 2**8,
+    "patch_size": 2**10,
+}
+
+
 class VideoLlama3VisionConfig(PreTrainedConfig):
     """The vision encoder: SigLIP so400m/14 with 2D RoPE instead of learned positions.
 
@@ -93,10 +115,7 @@ class VideoLlama3VisionConfig(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Expected `{name}` of the vision encoder to be a positive integer, got {value!r}.")
+        _check_sizes("the vision encoder", {name: getattr(self, name) for name in _VISION_LIMITS}, _VISION_LIMITS)
         if self.hidden_size % (4 * self.num_attention_heads) != 0:
             raise ValueError(
                 "Expected the vision encoder's `hidden_size` to be a multiple of 4 * `num_attention_heads` "
@@ -154,9 +173,12 @@ class VideoLlama3Config(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if text_config is None or isinstance(text_config, dict):
+            given = {name: value for name, value in (text_config or {}).items() if value is not None}
+            _check_sizes("the language model", given, _TEXT_LIMITS)
             text: Qwen2Config = Qwen2Config(**_without_model_type(text_config or {}, expected="qwen2"))
         else:
             text = text_config
+        _check_text(text)
         if vision_config is None or isinstance(vision_config, dict):
             vision_config = VideoLlama3VisionConfig(
                 **_without_model_type(to_plugin_vision_config(vision_config or {}), expected="videollama3_vision")
@@ -186,6 +208,33 @@ class VideoLlama3Config(PreTrainedConfig):
         """Builds the configuration from a dictionary in any layout."""
         # Not the dictionary's own `_name_or_path`: it names a folder of whoever saved it.
         return super().from_dict(to_plugin_config(config_dict, name_or_path=kwargs.get("name_or_path")), **kwargs)
+
+
+def _check_sizes(part: str, values: dict[str, Any], limits: dict[str, int]) -> None:
+    for name, most in limits.items():
+        value = values.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"Expected `{name}` of {part} to be a positive integer, got {value!r}.")
+        if value > most:
+            raise ValueError(f"Expected `{name}` of {part} to be at most {most}, got {value}: no model is that large.")
+
+
+def _check_text(config: Qwen2Config) -> None:
+    values = {name: value for name in _TEXT_LIMITS if (value := getattr(config, name, None)) is not None}
+    _check_sizes("the language model", values, _TEXT_LIMITS)
+    heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None)
+    divisible = config.hidden_size % (2 * heads) == 0 if head_dim is None else head_dim % 2 == 0
+    if not divisible:
+        raise ValueError(
+            "Expected the language model's `hidden_size` to be a multiple of 2 * `num_attention_heads` (rotary "
+            f"embeddings), got {config.hidden_size} and {heads} heads."
+        )
+    if heads % key_value_heads != 0:
+        raise ValueError(
+            "Expected the language model's `num_key_value_heads` to divide its `num_attention_heads`, got "
+            f"{key_value_heads} and {heads}."
+        )
 
 
 def _without_model_type(config: dict[str, Any], *, expected: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What all model classes share: flags for transformers, reading the official parameter names, the head's weight.
 
 A checkpoint folder of any layout enters `from_pretrained`, a model leaves; configuration dictionaries are
-left to `configuration_videollama3.py`, key tables to `checkpoint_layouts.py`.
+left to `configuration_videollama3.py`, key tables to `checkpoint_layouts.py`, checks to `checkpoint_checks.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from .checkpoint_checks import check_before_loading, check_finite
 from .checkpoint_layouts import OFFICIAL_KEY_MAPPING
 from .configuration_videollama3 import VideoLlama3Config
 
@@ -44,13 +45,20 @@ class VideoLlama3PreTrainedModel(PreTrainedModel):
 
         Saving such a model afterwards writes this package's layout. A `lm_head.weight` in the checkpoint that
         differs from the token embedding wins over `tie_word_embeddings`; which one is used is logged.
+
+        Raises:
+            FileNotFoundError: where an index names weight files that are absent.
+            ValueError: for weight files that are damaged, leave their folder, could run code, have other shapes
+                than the configuration asks for or hold NaN. The headers are checked before anything is allocated.
         """
+        check_before_loading(cls, pretrained_model_name_or_path, kwargs)
         kwargs.setdefault("key_mapping", cls._official_key_mapping)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # transformers would undo the renaming in `save_pretrained` while the saved configuration is ours.
         if hasattr(model, "_weight_conversions"):
             del model._weight_conversions
+        check_finite(model, str(pretrained_model_name_or_path))
         model._settle_head()
         return loaded
 

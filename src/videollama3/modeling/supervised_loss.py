@@ -47,8 +47,8 @@ def supervised_loss(
     targets = targets[supervised]
     total = hidden.sum(dtype=torch.float32) * 0.0
     for part, target in zip(hidden.split(POSITIONS_PER_CHUNK), targets.split(POSITIONS_PER_CHUNK), strict=True):
-        if target.numel():
-            total = total + checkpoint(_sum_of_losses, part, target, lm_head, use_reentrant=False)
+        # Also on no position at all: processes that share the head's parameters wait for one another.
+        total = total + checkpoint(_sum_of_losses, part, target, lm_head, use_reentrant=False)
     if num_items_in_batch is None:
         divisor: torch.Tensor | int = max(targets.numel(), 1)
     elif isinstance(num_items_in_batch, torch.Tensor):

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
+from .checkpoint_layouts import ENCODER_KEY_MAPPING
 from .configuration_videollama3 import VideoLlama3VisionConfig
 from .onednn_linear import OneDnnLinear, linear_then_gelu_tanh
 from .packed_attention import attend_packed, eager_segment_attention
@@ -302,12 +303,7 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
     _auto_classes = {"AutoModel": "VideoLlama3VisionModel"}  # noqa: RUF012
     input_modalities = ("image",)
     # Also the encoder inside a whole model's checkpoint, whose other weights are then left aside.
-    _official_key_mapping = {  # noqa: RUF012
-        r"^model\.vision_encoder\.vision_encoder\.": "",
-        r"^model\.vision_encoder\.": "",
-        r"^model\.vision_model\.": "",
-        r"^vision_encoder\.": "",
-    }
+    _official_key_mapping = ENCODER_KEY_MAPPING
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^(model\.)?(language_model|layers|norm|embed_tokens|mm_projector|projector)\b",
         r"^lm_head\b",
@@ -328,8 +324,11 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        grid_thw: torch.Tensor,
-        merge_sizes: torch.Tensor,
+        grid_thw: torch.Tensor | None = None,
+        merge_sizes: torch.Tensor | None = None,
+        *,
+        image_grid_thw: torch.Tensor | None = None,
+        image_merge_sizes: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encodes images and videos of any sizes in one pass.
@@ -339,15 +338,21 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
                 all items in order of appearance, each item in merge-block order.
             grid_thw: int64 (items, 3), frames, rows and columns of each item, in patches.
             merge_sizes: int64 (items,), side of the block of patches that becomes one token.
+            image_grid_thw: `grid_thw` under the image processor's name, so that its output goes in as it is.
+            image_merge_sizes: `merge_sizes` likewise.
             kwargs: `return_dict`; others are ignored, as transformers' models do.
 
         Returns:
             `last_hidden_state` (sum of frames * rows * columns / merge**2, C).
 
         Raises:
+            TypeError: when the grids or the merge sizes are missing, or given under both names.
             ValueError: when `pixel_values` and the grids contradict each other.
         """
-        grids = read_grids(grid_thw, merge_sizes)
+        grids = read_grids(
+            _exactly_one("grid_thw", grid_thw, image_grid_thw, kwargs),
+            _exactly_one("merge_sizes", merge_sizes, image_merge_sizes, kwargs),
+        )
         self._check_pixels(pixel_values, grids)
         if torch.is_grad_enabled():
             return BaseModelOutputWithPooling(last_hidden_state=self._encode(pixel_values, grids))
@@ -425,6 +430,22 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
             )
         if not (pixel_values.is_floating_point() or pixel_values.dtype == torch.uint8):
             raise ValueError(f"Expected pixel_values as normalised floats or raw uint8, got {pixel_values.dtype}.")
+
+
+def _exactly_one(
+    name: str, given: torch.Tensor | None, from_processor: torch.Tensor | None, others: dict[str, Any]
+) -> torch.Tensor:
+    """The one tensor that was passed, under the model's name or under the image processor's."""
+    if given is not None and from_processor is not None:
+        raise TypeError(f"Expected one of {name} and image_{name}, got both.")
+    tensor = from_processor if given is None else given
+    if tensor is None:
+        unknown = ", ".join(sorted(others)) or "nothing else"
+        raise TypeError(
+            f"Expected {name} (or image_{name}, as the image processor calls it) beside pixel_values, got {unknown}: "
+            "pass the image processor's output as it is; what the authors' code calls grid_sizes is grid_thw here."
+        )
+    return tensor
 
 
 __all__ = ["VideoLlama3VisionModel"]
