@@ -73,6 +73,17 @@ def test_every_auto_class_is_named(saved):
     }
 
 
+def test_a_processor_that_came_through_its_auto_class_is_saved_for_the_same_one(monkeypatch):
+    for cls, auto in (
+        (videollama3.VideoLlama3ImageProcessor, "AutoImageProcessor"),
+        (videollama3.VideoLlama3VideoProcessor, "AutoVideoProcessor"),
+        (videollama3.VideoLlama3Processor, "AutoProcessor"),
+    ):
+        monkeypatch.setattr(cls, "_auto_class", None)
+        cls.register_for_auto_class()  # what the Auto class does after loading code from a folder
+        assert cls._auto_class == auto
+
+
 SCRIPT = """
 import sys
 sys.modules["videollama3"] = None  # as if it were not installed
