@@ -1,0 +1,80 @@
+"""Low-rank adapters through peft: put on, and merged into the weights they adapt.
+
+A model and a recipe's section enter, a peft model leaves, and after training a folder of plain weights. Which
+parameters learn how fast is left to `trainer.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .recipe import AdapterRecipe
+
+_LLM = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+_ENCODER = r"vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+
+
+def add_adapter(model: Any, adapter: AdapterRecipe, *, train_projector: bool) -> Any:
+    """Puts adapters on the linear layers of the language model, and of the encoder when asked.
+
+    Args:
+        model: a `VideoLlama3ForCausalLM`.
+        adapter: its settings.
+        train_projector: whether the projector is trained in full beside the adapters.
+
+    Raises:
+        ImportError: without peft.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    except ImportError as error:
+        raise ImportError("Expected peft for a recipe with an adapter: pip install 'videollama3[train]'.") from error
+    if adapter.four_bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    targets = _LLM if adapter.targets == "llm" else f"({_LLM}|{_ENCODER})"
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=rf".*{targets}",
+        modules_to_save=["projector"] if train_projector else None,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def four_bit_config() -> Any:
+    """How QLoRA loads frozen weights: 4-bit NormalFloat, computed in bfloat16; needs bitsandbytes and CUDA."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        # The projector is trained in full, the head decides in full precision, the encoder is small.
+        llm_int8_skip_modules=["projector", "lm_head", "vision_model"],
+    )
+
+
+def merge_adapter(base: str | os.PathLike[str], adapter: str | os.PathLike[str], *, dtype: torch.dtype) -> Any:
+    """Adds a trained adapter to the weights that it was trained on.
+
+    Args:
+        base: checkpoint of those weights.
+        adapter: folder of the adapter.
+        dtype: of the merged weights; the sum is computed in float32.
+
+    Returns:
+        A plain `VideoLlama3ForCausalLM`.
+    """
+    from peft import PeftModel
+
+    from ..modeling.modeling_videollama3 import VideoLlama3ForCausalLM
+
+    model = VideoLlama3ForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().to(dtype)

@@ -1,0 +1,375 @@
+"""The Trainer of transformers with packed batches, a learning rate per module, and an exact loss on held-out data.
+
+A model, datasets and limits of a row enter; checkpoints and metrics leave. What to train on and with which
+settings is left to `recipe.py` and `training_run.py`, how rows are put together to `packing.py` and `collator.py`.
+
+The loss of a step is the sum over the supervised tokens of all rows of the update, on all processes, divided by
+their number: what one big batch would give, however rows and processes share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..modeling import supervised_loss as loss_module
+from ..modeling import vision_encoder_videollama3 as encoder_module
+from .collator import IGNORE_INDEX, PackingCollator
+from .length_index import Progress, measure_sample, sample_lengths
+from .packing import WINDOW, Lengths, OnlinePacking, PackedBatchSampler, PackedSamples, sample_name
+
+# Part of a parameter's name -> module; all others belong to the language model. Adapters keep these names.
+_MODULES = {"vision_model.": "encoder", "projector.": "projector"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleRates:
+    """Learning rate of each module; 0 or None freezes it.
+
+    Attributes:
+        encoder: of the vision encoder.
+        projector: of the two layers between encoder and language model.
+        llm: of the language model, its embeddings and its head.
+    """
+
+    encoder: float | None = None
+    projector: float | None = None
+    llm: float | None = None
+
+    def of(self, parameter_name: str) -> float:
+        """Learning rate of a parameter; 0 when it is frozen."""
+        return getattr(self, module_of(parameter_name)) or 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLimits:
+    """Limits of one packed row, that is of one step of one process.
+
+    Attributes:
+        max_length: tokens after pruning.
+        max_patches: patches of all images and frames, which bound the encoder's memory; None for no limit.
+        max_visual_tokens: visual tokens before pruning; None for no limit.
+    """
+
+    max_length: int = 16384
+    max_patches: int | None = None
+    max_visual_tokens: int | None = None
+
+
+def module_of(parameter_name: str) -> str:
+    """`encoder`, `projector` or `llm`."""
+    return next((module for part, module in _MODULES.items() if part in parameter_name), "llm")
+
+
+def freeze(model: torch.nn.Module, rates: ModuleRates) -> None:
+    """Lets only the parameters of modules with a learning rate be trained; what is frozen already stays so."""
+    for name, parameter in model.named_parameters():
+        if not rates.of(name):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"Expected a learning rate above 0 for a module at least, got {rates}.")
+
+
+class VideoLlama3Trainer(Trainer):
+    """Trains on packed rows; everything else is transformers' Trainer.
+
+    `per_device_train_batch_size` must be 1: a row is a batch. Rows of an update are
+    `gradient_accumulation_steps` times the number of processes.
+    """
+
+    # Of the base class, which is not typed.
+    optimizer: Any
+    control: Any
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        processor: Any,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        rates: ModuleRates,
+        limits: RowLimits,
+        window: int = WINDOW,
+        buffer_size: int = 64,
+        length_folder: str | None = None,
+        train_lengths: Lengths | None = None,
+        progress: Progress | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        """Freezes modules, and prepares as `transformers.Trainer` does.
+
+        Args:
+            model: a `VideoLlama3ForCausalLM`, or a peft model around one.
+            args: transformers' arguments; their learning rate is not read.
+            processor: saved into every checkpoint.
+            train_dataset: map-style (`TrainingDataset`) or a stream (`StreamingTrainingDataset`).
+            eval_dataset: map-style, or None.
+            rates: learning rate per module.
+            limits: of a row.
+            window: see `PackedBatchSampler`.
+            buffer_size: see `OnlinePacking`; for a stream.
+            length_folder: where measured lengths are kept; None measures anew.
+            train_lengths: int64 (samples, 3) of the training set, when they are known already.
+            progress: called while lengths are measured.
+            callbacks: further ones.
+
+        Raises:
+            ValueError: for a batch size other than 1, or rates that train nothing.
+        """
+        if args.per_device_train_batch_size != 1:
+            raise ValueError(
+                f"Expected per_device_train_batch_size=1 (a packed row is a batch), got "
+                f"{args.per_device_train_batch_size}: raise gradient_accumulation_steps or max_length instead."
+            )
+        freeze(model, rates)
+        self.rates, self.limits, self.window, self.buffer_size = rates, limits, window, buffer_size
+        self.length_folder, self.progress = length_folder, progress
+        self._lengths: dict[int, Lengths] = {}
+        if train_lengths is not None:
+            self._lengths[id(train_dataset)] = train_lengths
+        self.train_sampler: PackedBatchSampler | None = None
+        use_cache = getattr(model.config, "use_cache", None)
+        super().__init__(
+            model=model,
+            args=args,
+            # Replaced below, once it is known what is shared among processes.
+            data_collator=PackingCollator.for_processor(processor),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            callbacks=[*(callbacks or []), _Epochs(self)],
+        )
+        self.data_collator = PackingCollator.for_processor(
+            processor,
+            bounds="flash" in str(model.config.text_config._attn_implementation),
+            dummy_frame=bool(rates.encoder or rates.projector) or self.is_sharded,
+        )
+        # Trainer writes its own choice for training into the configuration that is saved.
+        if use_cache is None and hasattr(self.model.config, "use_cache"):
+            del self.model.config.use_cache
+        elif use_cache is not None:
+            self.model.config.use_cache = use_cache
+        if self.is_sharded and self.is_deepspeed_enabled:
+            # ZeRO-3 gathers the head for every chunk of the loss: all processes need equally many.
+            loss_module.POSITIONS_PER_CHUNK = limits.max_length
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are divided among processes, so that all must run every module equally often."""
+        if self.is_deepspeed_enabled:
+            return bool(self.accelerator.state.deepspeed_plugin.zero_stage == 3)
+        return bool(self.is_fsdp_enabled)
+
+    # ------------------------------------------------------------------ data
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
+        """Packed rows of this process; accelerate would share them out a second time, so it does not see them."""
+        if self.train_dataset is None:
+            raise ValueError("Expected a train_dataset to train on, got None.")
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            stream = OnlinePacking(
+                self.train_dataset,
+                **dataclasses.asdict(self.limits),
+                buffer_size=self.buffer_size,
+                measure=measure_sample,
+            )
+            return self._loader(stream, batch_size=None)
+        self.train_sampler = self._plan(self.train_dataset)
+        samples = PackedSamples(self.train_dataset, self._lengths_of(self.train_dataset))
+        return self._loader(samples, batch_sampler=self.train_sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader[Any]:
+        """Packed rows of the held-out set, the same ones each time."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("Expected an eval_dataset to evaluate on, got None.")
+        sampler = self._sampler(dataset, num_epochs=1, packs_per_update=self.args.world_size, seed=0)
+        return self._loader(PackedSamples(dataset, self._lengths_of(dataset)), batch_sampler=sampler)
+
+    def _loader(self, dataset: Any, **options: Any) -> torch.utils.data.DataLoader[Any]:
+        workers = self.args.dataloader_num_workers
+        return torch.utils.data.DataLoader(
+            dataset,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=False,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            **options,
+        )
+
+    def _plan(self, dataset: Any) -> PackedBatchSampler:
+        """The sampler of a run: with `max_steps`, as many epochs as those take."""
+        packs_per_update = self.args.gradient_accumulation_steps * self.args.world_size
+        num_epochs = math.ceil(self.args.num_train_epochs)
+        if self.args.max_steps > 0:
+            once = self._sampler(dataset, num_epochs=1, packs_per_update=packs_per_update, seed=self._seed)
+            num_epochs = math.ceil(self.args.max_steps / (once.num_packs // packs_per_update))
+        return self._sampler(dataset, num_epochs=num_epochs, packs_per_update=packs_per_update, seed=self._seed)
+
+    @property
+    def _seed(self) -> int:
+        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def _sampler(self, dataset: Any, *, num_epochs: int, packs_per_update: int, seed: int) -> PackedBatchSampler:
+        return PackedBatchSampler(
+            self._lengths_of(dataset),
+            **dataclasses.asdict(self.limits),
+            seed=seed,
+            num_epochs=num_epochs,
+            packs_per_update=packs_per_update,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            window=self.window,
+            name=lambda index: sample_name(dataset, index),
+        )
+
+    def _lengths_of(self, dataset: Any) -> Lengths:
+        if id(dataset) not in self._lengths:
+            with self.args.main_process_first(local=False, desc="lengths of samples"):
+                self._lengths[id(dataset)] = sample_lengths(
+                    dataset,
+                    folder=self.length_folder,
+                    num_workers=self.args.dataloader_num_workers,
+                    progress=self.progress,
+                )
+        return self._lengths[id(dataset)]
+
+    # ------------------------------------------------------------------ steps
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """One group of parameters for each module, with and without weight decay."""
+        if self.optimizer is None:
+            owner = self.model if model is None else model
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, owner)
+            self.optimizer = optimizer(self._groups(owner), **options)
+        return self.optimizer
+
+    def _groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((module_of(name), name in decayed), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": getattr(self.rates, module),
+                "weight_decay": self.args.weight_decay if decay else 0.0,
+                "module": module,
+            }
+            for (module, decay), parameters in groups.items()
+        ]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Rows of an update and their number of supervised tokens, at least 1 so that none gives no NaN."""
+        samples, num_items = super().get_batch_samples(*args, **kwargs)
+        return samples, num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else num_items
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's loss; without a cache, which only generation needs."""
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs, with the learning rate of each module."""
+        if "learning_rate" in logs and self.optimizer is not None:
+            # What is logged is the first group's; one schedule scales all.
+            factor = logs["learning_rate"] / getattr(self.rates, self.optimizer.param_groups[0]["module"])
+            modules = sorted({group["module"] for group in self.optimizer.param_groups})
+            logs = {**logs, **{f"learning_rate_{name}": factor * getattr(self.rates, name) for name in modules}}
+        super().log(logs, *args, **kwargs)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The loss per supervised token over the whole set, on all processes.
+
+        Args:
+            dataloader: packed rows.
+            description: unused, there for the common signature.
+            prediction_loss_only: likewise; only the loss is computed.
+            ignore_keys: likewise.
+            metric_key_prefix: of the metrics' names.
+        """
+        model = self._model_to_evaluate()
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad(), _one_encoder_pass(self.is_sharded):
+            for batch in dataloader:
+                inputs = self._prepare_inputs(batch)
+                loss = model(**inputs, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
+                totals += torch.stack([loss, (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()]).to(totals)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        total, num_tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / max(num_tokens, 1)}
+        num_samples = int((dataloader.dataset.lengths[:, 0] > 0).sum())  # type: ignore[attr-defined]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_samples)
+
+    def _model_to_evaluate(self) -> Any:
+        if self.accelerator._models:
+            return self.model
+        model = self._wrap_model(self.model, training=False)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    # ------------------------------------------------------------------ saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves as Trainer does; a checkpoint of shards gets configuration and processor, too.
+
+        Args:
+            output_dir: by default the run's folder.
+            _internal_call: whether a checkpoint is being written.
+        """
+        super().save_model(output_dir, _internal_call)
+        folder = output_dir or self.args.output_dir
+        if self.is_sharded and self.args.should_save:
+            self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+
+    def save_whole_model(self, output_dir: str) -> None:
+        """Saves weights that `from_pretrained` reads, also of a model that is divided among processes."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.is_fsdp_enabled and plugin is not None:
+            plugin.set_state_dict_type("FULL_STATE_DICT")
+        self.save_model(output_dir)
+
+
+class _Epochs(TrainerCallback):
+    """Tells the sampler which epoch begins, also in a run that resumes."""
+
+    def __init__(self, trainer: VideoLlama3Trainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        sampler = self.trainer.train_sampler
+        if sampler is not None:
+            sampler.set_epoch(state.global_step // (sampler.num_packs // sampler.packs_per_update))
+
+
+@contextlib.contextmanager
+def _one_encoder_pass(needed: bool) -> Iterator[None]:
+    """Keeps the encoder from dividing its work by memory: shards are gathered once per pass, on all processes."""
+    before = encoder_module.MAX_ACTIVATION_BYTES_PER_CHUNK
+    if needed:
+        encoder_module.MAX_ACTIVATION_BYTES_PER_CHUNK = 1 << 62
+    try:
+        yield
+    finally:
+        encoder_module.MAX_ACTIVATION_BYTES_PER_CHUNK = before

@@ -1,0 +1,284 @@
+"""One training run, from a recipe to a folder that everything else can use.
+
+A recipe enters; checkpoints, the final model, `training_record.json` and a model card leave. Steps are left to
+`trainer.py`, reading data to `training_dataset.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..conversion.model_card_folder import write_card
+from ..modeling.modeling_videollama3 import VideoLlama3ForCausalLM
+from ..modeling.vision_encoder_videollama3 import VideoLlama3VisionModel
+from ..processing.processing_videollama3 import VideoLlama3Processor
+from .adapters import add_adapter, four_bit_config, merge_adapter
+from .length_index import Progress, sample_lengths
+from .packing import TOKENS, Lengths, PackedBatchSampler
+from .recipe import Recipe, training_arguments
+from .trainer import ModuleRates, RowLimits, VideoLlama3Trainer
+
+RECORD_NAME = "training_record.json"
+
+
+def run_recipe(
+    recipe: Recipe, *, resume: str | bool = False, measure_only: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Trains as a recipe says.
+
+    Args:
+        recipe: a checked recipe.
+        resume: a checkpoint folder, or True for the last one in the output folder.
+        measure_only: measure the lengths of all samples and stop: worth doing with one process and no accelerator
+            before a large run.
+        progress: called while lengths are measured.
+
+    Returns:
+        The record that is also written to `training_record.json`; with `measure_only`, the number of samples.
+
+    Raises:
+        ValueError: when there is nothing to resume from; for data or settings that do not fit.
+        ImportError: when a package that the recipe needs is missing.
+    """
+    _require("accelerate")
+    checkpoint = _checkpoint(recipe, resume)
+    processor = build_processor(recipe)
+    train, held_out = _datasets(recipe, processor)
+    # Made before anything else: it tells how many processes there are.
+    arguments = training_arguments(recipe, gradient_accumulation_steps=1, tensorboard=_installed("tensorboard"))
+    lengths = None if recipe.data.streaming else _lengths(recipe, train, arguments, progress)
+    if measure_only:
+        return {"num_train_samples": 0 if lengths is None else int((lengths[:, TOKENS] > 0).sum())}
+    arguments.gradient_accumulation_steps = accumulation_steps(recipe, lengths, world_size=arguments.world_size)
+    trainer = VideoLlama3Trainer(
+        build_model(recipe),
+        arguments,
+        processor=processor,
+        train_dataset=train,
+        eval_dataset=held_out,
+        rates=ModuleRates(**dataclasses.asdict(recipe.rates)),
+        limits=row_limits(recipe),
+        window=recipe.batch.window,
+        buffer_size=recipe.batch.buffer_size,
+        length_folder=_length_folder(recipe),
+        train_lengths=lengths,
+        progress=progress,
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    evaluation = trainer.evaluate() if held_out is not None else {}
+    _save_final(recipe, trainer)
+    trainer.save_state()
+    record = _record(recipe, trainer, lengths, result.training_loss, evaluation)
+    if arguments.should_save:
+        _write_record(recipe, record)
+    trainer.accelerator.wait_for_everyone()
+    return record
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def build_processor(recipe: Recipe) -> VideoLlama3Processor:
+    """The checkpoint's processor, with what the recipe changes."""
+    processor = VideoLlama3Processor.from_pretrained(recipe.model.path)
+    for part, merge in (("image", recipe.model.image_merge_size), ("video", recipe.model.video_merge_size)):
+        if merge is not None:
+            getattr(processor, f"{part}_processor").merge_size = merge
+    if recipe.model.prune is not None:
+        processor.video_processor.use_token_compression = recipe.model.prune
+    return processor
+
+
+def build_model(recipe: Recipe) -> Any:
+    """The checkpoint's model in float32 (bf16 computes on float32 weights), with an adapter when asked."""
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if recipe.model.attention is not None:
+        options["attn_implementation"] = recipe.model.attention
+    if recipe.adapter is not None and recipe.adapter.four_bit:
+        _require("bitsandbytes")
+        options.update(quantization_config=four_bit_config(), dtype=torch.bfloat16)
+    model = VideoLlama3ForCausalLM.from_pretrained(recipe.model.path, **options)
+    if recipe.model.vision_encoder is not None:
+        encoder = VideoLlama3VisionModel.from_pretrained(recipe.model.vision_encoder, dtype=model.dtype)
+        model.model.vision_model.load_state_dict(encoder.state_dict())
+    if recipe.adapter is not None:
+        model = add_adapter(model, recipe.adapter, train_projector=bool(recipe.rates.projector))
+    return model
+
+
+def row_limits(recipe: Recipe) -> RowLimits:
+    """Limits of a packed row."""
+    return RowLimits(
+        max_length=recipe.data.max_length,
+        max_patches=recipe.batch.max_patches,
+        max_visual_tokens=recipe.batch.max_visual_tokens,
+    )
+
+
+def accumulation_steps(recipe: Recipe, lengths: Lengths | None, *, world_size: int) -> int:
+    """Rows of an update per process: as given, or so that an update has `samples_per_update` samples on average.
+
+    Args:
+        recipe: its batch section is read.
+        lengths: int64 (samples, 3); None for a stream.
+        world_size: number of processes.
+    """
+    if recipe.batch.gradient_accumulation_steps is not None or lengths is None:
+        return recipe.batch.gradient_accumulation_steps or 1
+    sampler = PackedBatchSampler(
+        lengths, **dataclasses.asdict(row_limits(recipe)), seed=recipe.schedule.seed, window=recipe.batch.window
+    )
+    samples_per_row = sampler.num_samples / sampler.num_packs
+    return max(1, round(recipe.batch.samples_per_update / samples_per_row / world_size))
+
+
+def _datasets(recipe: Recipe, processor: Any) -> tuple[Any, Any]:
+    from .training_dataset import StreamingTrainingDataset, TrainingDataset
+
+    data = recipe.data
+    options: dict[str, Any] = {
+        "media_root": data.media_root,
+        "on_error": data.on_error,
+        "max_length": data.max_length,
+        "max_visual_tokens": data.max_visual_tokens,
+        "add_system_prompt": data.add_system_prompt,
+        "seed": recipe.schedule.seed,
+        "fps": data.fps,
+        "max_frames": data.max_frames,
+    }
+    held_out = TrainingDataset(list(data.eval), processor, **options) if data.eval else None
+    if data.streaming:
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        source: Any = data.train[0] if len(data.train) == 1 else list(data.train)
+        return StreamingTrainingDataset(source, processor, rank=rank, world_size=world_size, **options), held_out
+    return TrainingDataset(list(data.train), processor, **options), held_out
+
+
+def _lengths(recipe: Recipe, dataset: Any, arguments: Any, progress: Progress | None) -> Lengths:
+    with arguments.main_process_first(local=False, desc="lengths of samples"):
+        return sample_lengths(
+            dataset, folder=_length_folder(recipe), num_workers=recipe.data.workers, progress=progress
+        )
+
+
+def _length_folder(recipe: Recipe) -> str:
+    return os.path.join(recipe.output.folder, "length_index")
+
+
+def _checkpoint(recipe: Recipe, resume: str | bool) -> str | None:
+    if not resume:
+        return None
+    place = resume if isinstance(resume, str) else recipe.output.folder
+    last = last_checkpoint(place) if resume is True else (place if _is_complete(Path(place)) else None)
+    if last is None:
+        raise ValueError(
+            f"Expected a complete checkpoint to resume from in {place}, got none: start without --resume."
+        )
+    return last
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest complete checkpoint of a run, None without one; what a killed run was just writing is passed over."""
+    numbered = {}
+    for path in Path(folder).glob("checkpoint-*"):
+        number = path.name.partition("-")[2]
+        if number.isdigit() and _is_complete(path):
+            numbered[int(number)] = path
+    return str(numbered[max(numbered)]) if numbered else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the last file that Trainer writes is there in full."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------- results
+
+
+def _save_final(recipe: Recipe, trainer: VideoLlama3Trainer) -> None:
+    """Plain weights in the output folder; of a run with adapters the merged ones, and the adapter beside them."""
+    folder = Path(recipe.output.folder)
+    dtype = getattr(torch, recipe.output.dtype)
+    if recipe.adapter is not None:
+        trainer.save_whole_model(str(folder / "adapter"))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            merge_adapter(recipe.model.path, folder / "adapter", dtype=dtype).save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)
+    else:
+        trainer.save_whole_model(str(folder))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save and dtype != torch.float32:
+            VideoLlama3ForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+    if trainer.args.should_save:
+        # A pickle of arguments: of no use to those who load the model.
+        for path in (folder / "training_args.bin", folder / "adapter" / "training_args.bin"):
+            path.unlink(missing_ok=True)
+
+
+def _record(
+    recipe: Recipe, trainer: VideoLlama3Trainer, lengths: Lengths | None, train_loss: float, evaluation: dict[str, Any]
+) -> dict[str, Any]:
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "base_model": recipe.model.path,
+        "recipe": flat_settings(recipe),
+        "data": list(recipe.data.train),
+        "num_train_samples": None if lengths is None else int((lengths[:, TOKENS] > 0).sum()),
+        "num_skipped_samples": None if lengths is None else int((lengths[:, TOKENS] == 0).sum()),
+        "num_updates": trainer.state.global_step,
+        "num_processes": trainer.args.world_size,
+        "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
+        "mean_train_loss": train_loss,
+        "final_train_loss": losses[-1] if losses else None,
+        "eval": {key: value for key, value in evaluation.items() if key == "eval_loss"},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def flat_settings(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as `section.key` -> number, text, true or false, or None."""
+    settings: dict[str, Any] = {}
+    for section, values in dataclasses.asdict(recipe).items():
+        if values is None:
+            settings[section] = None
+        else:
+            texts = {key: ", ".join(value) if isinstance(value, tuple) else value for key, value in values.items()}
+            settings.update({f"{section}.{key}": value for key, value in texts.items()})
+    return settings
+
+
+def _write_record(recipe: Recipe, record: dict[str, Any]) -> None:
+    folder = Path(recipe.output.folder)
+    (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if recipe.output.model_card:
+        # A card that the user has written or changed stays.
+        with contextlib.suppress(FileExistsError):
+            write_card(folder, kind="own")
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _require(package: str) -> None:
+    if not _installed(package):
+        raise ImportError(f"Expected {package} for this recipe, found none: pip install 'videollama3[train]'.")

@@ -1,0 +1,41 @@
+"""docs/finetuning.md: its snippet runs as it is, and its list of keys is the recipe's."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from videollama3.training.recipe import recipe_from_dict
+
+from .tiny_task import write_checkpoint, write_rows
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "finetuning.md"
+
+
+# Without a device, the default of TrainingArguments for pinned memory makes torch warn.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_the_snippet_trains(tmp_path, monkeypatch):
+    (snippet,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
+    model_path = write_checkpoint(tmp_path / "start")
+    write_rows(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = {"model_path": model_path}
+    exec(compile(snippet, "docs/finetuning.md", "exec"), names)
+    assert len([line for line in snippet.splitlines() if line and "import" not in line]) <= 10
+    start = names["VideoLlama3ForCausalLM"].from_pretrained(model_path, dtype="float32")
+    moved = [not parameter.equal(start.get_parameter(name)) for name, parameter in names["model"].named_parameters()]
+    assert any(moved)
+
+
+def test_every_key_is_listed():
+    text = DOCUMENT.read_text(encoding="utf-8").split("## What every key means")[1]
+    recipe = recipe_from_dict(
+        {"model": {"path": "a"}, "data": {"train": "a"}, "rates": {"llm": 1}, "output": {"folder": "a"}, "adapter": {}}
+    )
+    keys = [
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(recipe)
+        for field in dataclasses.fields(getattr(recipe, section.name))
+    ]
+    assert re.findall(r"^\| `([a-z]+\.[a-z_]+)` \|", text, flags=re.MULTILINE) == keys

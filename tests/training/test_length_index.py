@@ -1,0 +1,60 @@
+"""Lengths of samples: measured as they are, once."""
+
+import re
+
+import numpy as np
+import pytest
+
+from videollama3.training.length_index import measure_sample, sample_lengths
+
+from .synthetic import IMAGE, MIXED, TEXT, VIDEO, Samples, tiny_model
+
+# Python 3.12 warns of every fork in a process that has threads; torch has some.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture
+def dataset():
+    return Samples(tiny_model()[1], [TEXT, IMAGE, None, VIDEO, MIXED])
+
+
+def test_tokens_patches_and_visual_tokens(dataset):
+    lengths = sample_lengths(dataset, folder=None)
+    assert lengths[:, 0].tolist() == [
+        0 if s is None else len(s["input_ids"]) for s in map(dataset.__getitem__, range(5))
+    ]
+    # An image of 2 x 3 patches, a video of two frames of 4 x 4 patches merged 2 x 2.
+    assert lengths[:, 1:].tolist() == [[0, 0], [6, 6], [0, 0], [32, 8], [38, 14]]
+    assert measure_sample(None) == (0, 0, 0)
+
+
+def test_workers_and_progress_change_nothing(dataset):
+    seen = []
+    lengths = sample_lengths(
+        dataset, folder=None, num_workers=2, progress=lambda done, total: seen.append((done, total))
+    )
+    assert np.array_equal(lengths, sample_lengths(dataset, folder=None))
+    assert seen == [(i, 5) for i in range(1, 6)]
+
+
+def test_they_are_measured_once(dataset, tmp_path, monkeypatch):
+    first = sample_lengths(dataset, folder=tmp_path)
+    monkeypatch.setattr(Samples, "__getitem__", None)
+    assert np.array_equal(sample_lengths(dataset, folder=tmp_path), first)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
+
+
+def test_another_dataset_is_measured_anew(dataset, tmp_path):
+    sample_lengths(dataset, folder=tmp_path)
+    other = Samples(tiny_model()[1], [TEXT, IMAGE, None, VIDEO, TEXT])
+    assert sample_lengths(other, folder=tmp_path)[4, 1] == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_that_does_not_fit_is_named(dataset, tmp_path):
+    sample_lengths(dataset, folder=tmp_path)
+    (path,) = tmp_path.iterdir()
+    np.save(path, np.zeros((4, 3), dtype=np.int64))
+    message = f"Expected {path} to hold int64 lengths of 5 samples, got int64 of shape (4, 3): delete it"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sample_lengths(dataset, folder=tmp_path)
