@@ -4,7 +4,7 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 # The oldest supported release; the newest is what pip finds.
 OLDEST_TRANSFORMERS := 5.16.1
-DEV := accelerate pytest pytest-timeout pytest-xdist hypothesis ruff mypy build
+DEV := accelerate datasets peft pyyaml tensorboard pytest pytest-timeout pytest-xdist hypothesis ruff mypy build
 PIP_QUIET := --quiet --disable-pip-version-check
 # Tests build tiny checkpoints: nothing is fetched from the Hub.
 TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
