@@ -1,0 +1,89 @@
+"""What the sub-commands share about models and videos: their arguments, and a model made of them.
+
+Command-line options enter, a model with its processor or options of sampling leave; what is done with them stands in
+`cli.py` and in the command modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+from urllib.parse import urlsplit
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+# Greedy decoding: what a checkpoint's own generation config says about sampling would only be warned about.
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+_RANDOM_NOTICE = (
+    "No --model was given: a tiny model with random weights answers. Its words mean nothing; they only show that "
+    "everything works. Pass --model FOLDER_OR_REPO, for instance --model DAMO-NLP-SG/VideoLLaMA3-2B."
+)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `load_model_and_processor` reads."""
+    parser.add_argument("--model", metavar="FOLDER_OR_REPO", help="checkpoint in any of the three layouts")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--attn", metavar="NAME", help="attention implementation, for instance sdpa or eager")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `sampling_options` reads, and two limits on visual tokens."""
+    parser.add_argument("--fps", type=float, metavar="N", help="sampled frames per second (default 1)")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="at most so many frames (default 180)")
+    parser.add_argument("--start", type=float, metavar="SECONDS", help="beginning of the window")
+    parser.add_argument("--end", type=float, metavar="SECONDS", help="end of the window")
+    parser.add_argument("--max-visual-tokens", type=int, metavar="N", help="limit before pruning")
+    parser.add_argument("--no-prune", action="store_true", help="keep visual tokens that do not change")
+
+
+def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Options of one video, as the processor takes them; None where nothing was said."""
+    return {
+        "fps": options.fps,
+        "max_frames": options.max_frames,
+        "start_time": options.start,
+        "end_time": options.end,
+    }
+
+
+def is_image(media: str) -> bool:
+    """Whether a path or URL names a picture rather than a video, by its suffix."""
+    path = urlsplit(media).path if "://" in media else media
+    return path.lower().endswith(IMAGE_SUFFIXES)
+
+
+def load_model_and_processor(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Loads the checkpoint that `--model` names, or builds the random one and says so.
+
+    Args:
+        options: `model`, `dtype`, `device` and `attn`.
+
+    Returns:
+        The model on its device, in evaluation mode, and the processor.
+    """
+    import torch
+
+    from .modeling.modeling_videollama3 import VideoLlama3ForCausalLM
+    from .processing.processing_videollama3 import VideoLlama3Processor
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if str(device).startswith("cuda") else "float32"
+    if options.model is None:
+        from .random_checkpoint import build_random
+
+        print(_RANDOM_NOTICE, file=sys.stderr)
+        model, processor = build_random()
+        if options.attn:
+            model.set_attn_implementation(options.attn)
+        return model.to(device=device, dtype=getattr(torch, dtype)), processor
+    attention = {"attn_implementation": options.attn} if options.attn else {}
+    processor = VideoLlama3Processor.from_pretrained(options.model)
+    loaded = VideoLlama3ForCausalLM.from_pretrained(options.model, dtype=dtype, **attention)
+    return loaded.to(device).eval(), processor

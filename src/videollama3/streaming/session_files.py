@@ -1,0 +1,128 @@
+"""A session on disk: one JSON file, one safetensors file, nothing that could run code.
+
+A record and tensors enter and leave, with a fingerprint of the model they belong to. What they mean is left to
+`session.py`.
+
+    folder/session.json            names the tensor file; replaced last, in one step
+    folder/session-1f0c....safetensors
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+_FORMAT = 1
+_RECORD = "session.json"
+# Of so many weights, and of each so many values: enough to tell a checkpoint from its next training step.
+_SAMPLED_WEIGHTS, _SAMPLED_VALUES = 24, 64
+# Parts of a configuration that say nothing about what the model computes.
+_INCIDENTAL = {"transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "attn_implementation"}
+
+
+def write_session(
+    folder: str | os.PathLike[str], record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Writes a session; one that is there already stays whole until this one is.
+
+    Args:
+        folder: made where there is none.
+        record: what JSON can hold.
+        tensors: by name.
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    name = f"session-{uuid.uuid4().hex}.safetensors"
+    # A copy each: parts of one cache may share memory, and cropped ones are no whole blocks.
+    save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, place / name)
+    beside = place / f"{name}.json"
+    beside.write_text(json.dumps({"format": _FORMAT, "tensors": name, **record}), encoding="utf-8")
+    os.replace(beside, place / _RECORD)
+    for old in place.glob("session-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def read_session(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Reads what `write_session` wrote, tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: where there is no session.
+        ValueError: for files that are damaged or of another format.
+    """
+    place = Path(folder)
+    path = place / _RECORD
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a folder with a saved session, got {str(place)!r} without {_RECORD}.")
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("format") != _FORMAT:
+            raise ValueError(f"it has format {record.get('format')}, this version reads {_FORMAT}")
+        # The name only: a record must not lead to files elsewhere.
+        return record, load_file(place / Path(str(record["tensors"])).name)
+    except (ValueError, KeyError, AttributeError, OSError, SafetensorError) as error:
+        raise ValueError(
+            f"Expected a whole session in {str(place)!r}, got one that cannot be read: {error}."
+        ) from error
+
+
+def fingerprint(model: Any, processor: Any) -> dict[str, str]:
+    """What must be the same for a saved cache to be of use.
+
+    Args:
+        model: a `VideoLlama3ForCausalLM`.
+        processor: its processor.
+
+    Returns:
+        Hashes and texts by the name that an error gives them.
+    """
+    weights = dict(model.named_parameters())
+    names = sorted(weights)
+    digest = hashlib.sha256()
+    for name in names[:: max(1, len(names) // _SAMPLED_WEIGHTS)]:
+        values = weights[name].detach().flatten()
+        step = max(1, len(values) // _SAMPLED_VALUES)
+        digest.update(name.encode() + values[::step].float().cpu().numpy().tobytes())
+    tokenizer = processor.tokenizer
+    settings = dataclasses.asdict(processor.video_processor.settings())
+    return {
+        "model's configuration": _hash(_essentials(model.config.to_dict())),
+        "model's dtype": str(model.get_input_embeddings().weight.dtype),
+        "model's weights": digest.hexdigest(),
+        "tokenizer": _hash(sorted(tokenizer.get_vocab().items())),
+        "video processor's settings": _hash(settings),
+    }
+
+
+def check_same_model(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises ValueError where a session was saved with another model or processor."""
+    different = [name for name, value in now.items() if saved.get(name) != value]
+    if different:
+        raise ValueError(
+            f"Expected the model and the processor that the session was saved with, got others: the "
+            f"{', the '.join(different)} differ{'s' if len(different) == 1 else ''}."
+        )
+
+
+def _essentials(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {
+            key: _essentials(value)
+            for key, value in config.items()
+            if key not in _INCIDENTAL and not str(key).startswith("_")
+        }
+    return config
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

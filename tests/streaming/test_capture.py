@@ -1,0 +1,56 @@
+"""Times that never go back, whatever a source's clock does."""
+
+from fractions import Fraction
+from types import SimpleNamespace
+
+from videollama3.streaming.capture import SourceClock
+
+STREAM = SimpleNamespace(time_base=Fraction(1, 10), average_rate=Fraction(10), guessed_rate=None)
+
+
+def frame(pts, dts=None):
+    return SimpleNamespace(pts=pts, dts=dts, duration=1)
+
+
+def times(clock, *values):
+    return [None if time is None else float(time) for time in (clock.time(frame(pts), STREAM) for pts in values)]
+
+
+def test_times_of_a_believed_clock_are_its_own():
+    clock = SourceClock(10)
+    clock.opened(away_seconds=0, may_jump=False)
+    assert times(clock, 3, 4, 4, 2, 900) == [0.3, 0.4, None, None, 90.0]
+    assert clock.num_unordered == 2
+    assert clock.end == Fraction(901, 10)
+
+
+def test_a_clock_that_is_set_anew_goes_on_after_the_frame_before():
+    clock = SourceClock(10)
+    clock.opened(away_seconds=0, may_jump=True)
+    # One wrong time far ahead, back again, and later the source's clock begins at zero.
+    assert times(clock, 500, 501, 90000, 503, 504, 0, 1) == [50.0, 50.1, 50.2, 50.3, 50.4, 50.5, 50.6]
+    assert clock.num_jumps == 3
+    assert clock.num_unordered == 0
+
+
+def test_a_clock_may_be_believed_all_the_same():
+    clock = SourceClock(None)
+    clock.opened(away_seconds=0, may_jump=True)
+    assert times(clock, 500, 90000, 501) == [50.0, 9000.0, None]
+
+
+def test_a_source_opened_again_goes_on_after_the_time_that_it_was_away():
+    clock = SourceClock(10)
+    clock.opened(away_seconds=0, may_jump=True)
+    assert times(clock, 100, 101) == [10.0, 10.1]
+    clock.opened(away_seconds=2.0, may_jump=True)
+    assert times(clock, 30, 31) == [12.1, 12.2]
+    clock.opened(away_seconds=0, may_jump=True)
+    assert times(clock, 7) == [12.3]
+
+
+def test_frames_without_a_time_follow_by_the_rate():
+    clock = SourceClock(10)
+    clock.opened(away_seconds=0, may_jump=False)
+    assert times(clock, 5, None, None) == [0.5, 0.6, 0.7]
+    assert float(clock.time(frame(None, dts=9), STREAM)) == 0.9
