@@ -9,7 +9,7 @@ from tests.media import write_clip
 from videollama3.processing.frame_timing import _BestEffortTime, _groups_follow, times_by_decoding, times_by_demuxing
 from videollama3.processing.video_file import Deadline, ReadingLimits, open_video
 
-DEADLINE = Deadline(60, "video 0")
+DEADLINE = Deadline(3600, "video 0")
 NTSC = Fraction(30000, 1001)
 
 
