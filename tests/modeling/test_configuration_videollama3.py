@@ -259,3 +259,17 @@ def test_the_folder_of_whoever_saved_it_is_not_looked_up(official, stale, monkey
     config = VideoLlama3Config.from_dict(official)
     assert config.image_token_id == 151655
     assert stale not in json.dumps(config.to_dict())
+
+
+def test_an_encoder_alone_normalises_as_its_preprocessor_says(official, golden_folder, tmp_path):
+    encoder = official["vision_encoder_config"]
+    (tmp_path / "config.json").write_text(json.dumps(encoder))
+    statistics = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(statistics))
+    config = VideoLlama3VisionConfig.from_pretrained(tmp_path)
+    assert {name: getattr(config, name) for name in statistics} == statistics
+    whole = tmp_path / "whole"
+    shutil.copytree(golden_folder / "ckpt", whole)
+    stored = json.loads((whole / "preprocessor_config.json").read_text())
+    (whole / "preprocessor_config.json").write_text(json.dumps({**stored, **statistics}))
+    assert VideoLlama3VisionConfig.from_pretrained(whole).image_std == statistics["image_std"]

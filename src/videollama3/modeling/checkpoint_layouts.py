@@ -158,11 +158,20 @@ def to_plugin_config(
         config = _plugin_from_native(config)
     if name_or_path is None or config.get("model_type") != PLUGIN_MODEL_TYPE:
         return config
-    return _with_pixel_statistics(config, name_or_path, download_options)
+    vision = _with_pixel_statistics(config.get("vision_config") or {}, name_or_path, download_options)
+    return {**config, "vision_config": vision}
 
 
-def to_plugin_vision_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Translates a vision encoder's configuration dictionary, of any of the three layouts, into ours."""
+def to_plugin_vision_config(
+    config: dict[str, Any], *, name_or_path: str | None = None, **download_options: Any
+) -> dict[str, Any]:
+    """Translates a vision encoder's configuration dictionary, of any of the three layouts, into ours.
+
+    Args:
+        config: of an encoder alone, or the part of a whole model's configuration.
+        name_or_path: of an encoder alone: where its preprocessor's file is, see `to_plugin_config`.
+        download_options: for that file.
+    """
     vision = {key: value for key, value in config.items() if key not in _VISION_FIELDS_TO_DROP}
     if config.get("model_type") == PLUGIN_VISION_MODEL_TYPE and config.get("auto_map"):
         # Of an encoder saved alone: without it, transformers takes its own class of the same name.
@@ -171,7 +180,7 @@ def to_plugin_vision_config(config: dict[str, Any]) -> dict[str, Any]:
     rope_parameters = config.get("rope_parameters") or {}
     if "rope_theta" in rope_parameters:
         vision["rope_theta"] = rope_parameters["rope_theta"]
-    return vision
+    return vision if name_or_path is None else _with_pixel_statistics(vision, name_or_path, download_options)
 
 
 def to_official_config(
@@ -327,14 +336,14 @@ def _plugin_from_native(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_pixel_statistics(
-    config: dict[str, Any], name_or_path: str, download_options: dict[str, Any]
+    vision: dict[str, Any], name_or_path: str, download_options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Fills the vision configuration's mean and std from the preprocessor saved with it."""
+    """Fills a vision configuration's mean and std from the preprocessor saved with it."""
     processor = _read_json(name_or_path, "processor_config.json", download_options) or {}
     stored = processor.get("image_processor")
     if not isinstance(stored, dict):
         stored = _read_json(name_or_path, "preprocessor_config.json", download_options) or {}
-    vision = dict(config.get("vision_config") or {})
+    vision = dict(vision)
     for name in ("image_mean", "image_std"):
         wanted = stored.get(name)
         if not isinstance(wanted, (list, tuple)):
@@ -344,7 +353,7 @@ def _with_pixel_statistics(
                 f"Expected vision_config.{name} to be the preprocessor's, {list(wanted)}, got {vision[name]}"
                 f"{_where(name_or_path)}: uint8 pixels would be normalised otherwise than floats."
             )
-    return {**config, "vision_config": vision}
+    return vision
 
 
 def _placeholder_ids(

@@ -132,11 +132,13 @@ class VideoLlama3VisionConfig(PreTrainedConfig):
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads `config.json` of an encoder or of a whole model, in any layout."""
+        options = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if kwargs.get(name) is not None}
+        options["name_or_path"] = str(pretrained_model_name_or_path)
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        config = to_plugin_config(config)
+        config = to_plugin_config(config, **options)
         if "vision_config" in config:
             return config, kwargs
-        return to_plugin_vision_config(config), kwargs
+        return to_plugin_vision_config(config, **options), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
