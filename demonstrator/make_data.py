@@ -1,0 +1,194 @@
+"""Pictures, clips and rows of questions for the stages of the demonstrator's training.
+
+A seed and counts enter; png and mp4 files and JSONL rows in the authors' format leave, the same for any number of
+processes. Scenes come from `scenes.py`, words from `questions.py`.
+
+    python -m demonstrator.make_data FOLDER
+
+    FOLDER/captions.jsonl: pictures of one shape, each described
+    FOLDER/pictures.jsonl, FOLDER/clips.jsonl: each described, and asked about
+    FOLDER/streams.jsonl: clips in which something happens, with a request to tell when
+    FOLDER/review.jsonl: more pictures and clips, so that later stages forget nothing
+    FOLDER/heldout_pictures.jsonl, FOLDER/heldout_clips.jsonl
+    FOLDER/captions/000000.png, FOLDER/clips/000000.mp4, ...: the files of each
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from videollama3.processing.prompt_tokens import SYSTEM_PROMPT
+
+from .questions import StreamTurn, Turn, conversation, description, stream_conversation
+from .scenes import Scene, random_clip, random_encoding, random_picture, write_clip, write_picture
+
+Row = dict[str, Any]
+
+# The command line puts the system prompt first, the processor by itself does not: both are learnt.
+SHARE_WITH_SYSTEM_PROMPT = 0.35
+CAPTIONS, PICTURES, CLIPS, STREAMS, REVIEW, HELDOUT_PICTURES, HELDOUT_CLIPS = range(7)
+_FOLDERS = ("captions", "pictures", "clips", "streams", "review", "heldout_pictures", "heldout_clips")
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """How much is made.
+
+    Attributes:
+        captions: png files of one shape, with one row each.
+        pictures: png files of several shapes, with two rows each.
+        clips: mp4 files, with two rows each.
+        streams: mp4 files of streaming rows.
+        review: png and mp4 files, half of each, with two rows each.
+        heldout: pictures and clips each, for evaluation during training.
+    """
+
+    captions: int = 60000
+    pictures: int = 15000
+    clips: int = 12000
+    streams: int = 1500
+    review: int = 2000
+    heldout: int = 200
+
+
+def rng_of(seed: int, part: int, number: int) -> np.random.Generator:
+    """The random generator of one file, whatever process makes it."""
+    return np.random.default_rng([seed, part, number])
+
+
+def row_of(turns: list[Turn], *, media: dict[str, list[str]], tag: str, system_prompt: bool) -> Row:
+    """A row in the authors' format; the media's tag stands in the first question."""
+    said: list[dict[str, str]] = [{"from": "system", "value": SYSTEM_PROMPT}] if system_prompt else []
+    for i, turn in enumerate(turns):
+        said.append({"from": "human", "value": turn.question if i else f"{tag}\n{turn.question}"})
+        said.append({"from": "gpt", "value": turn.answer})
+    return {**media, "conversations": said}
+
+
+def _rows(rng: np.random.Generator, scene: Scene, name: str, kind: str, talks: list[list[Turn]]) -> list[Row]:
+    return [
+        row_of(
+            turns,
+            media={kind: [name]},
+            tag=f"<{kind}>",
+            system_prompt=bool(rng.random() < SHARE_WITH_SYSTEM_PROMPT),
+        )
+        for turns in talks
+    ]
+
+
+def make_caption(number: int, *, folder: Path, seed: int) -> list[Row]:
+    """Writes a picture of one shape and returns a row that describes it."""
+    rng = rng_of(seed, CAPTIONS, number)
+    scene = random_picture(rng, count=1)
+    name = f"{_FOLDERS[CAPTIONS]}/{number:06d}.png"
+    write_picture(scene, folder / name)
+    return _rows(rng, scene, name, "image", [description(rng, scene)])
+
+
+def make_picture(number: int, *, folder: Path, part: int, seed: int) -> list[Row]:
+    """Writes one picture and returns two rows, a description and questions."""
+    rng = rng_of(seed, part, number)
+    scene = random_picture(rng)
+    name = f"{_FOLDERS[part]}/{number:06d}.png"
+    write_picture(scene, folder / name)
+    return _rows(rng, scene, name, "image", [description(rng, scene), conversation(rng, scene)])
+
+
+def make_clip(number: int, *, folder: Path, part: int, seed: int) -> list[Row]:
+    """Writes one clip and returns two rows, a description and questions."""
+    rng = rng_of(seed, part, number)
+    scene = random_clip(rng)
+    name = f"{_FOLDERS[part]}/{number:06d}.mp4"
+    write_clip(scene, folder / name, random_encoding(rng))
+    return _rows(rng, scene, name, "video", [description(rng, scene), conversation(rng, scene)])
+
+
+def make_review(number: int, *, folder: Path, seed: int) -> list[Row]:
+    """Writes a picture or, for odd numbers, a clip, and returns its rows."""
+    make = make_clip if number % 2 else make_picture
+    return make(number, folder=folder, part=REVIEW, seed=seed)
+
+
+def make_stream(number: int, *, folder: Path, seed: int) -> list[Row]:
+    """Writes one clip in which something happens and returns its streaming row."""
+    rng = rng_of(seed, STREAMS, number)
+    turns: list[StreamTurn] | None = None
+    while turns is None:
+        scene = random_clip(rng, "events")
+        turns = stream_conversation(rng, scene)
+    name = f"streams/{number:06d}.mp4"
+    write_clip(scene, folder / name, random_encoding(rng))
+    said = [{"role": turn.role, "content": turn.content, "time": turn.seconds} for turn in turns]
+    return [{"stream": True, "video": [name], "start_time": 0.0, "end_time": scene.seconds, "conversation": said}]
+
+
+def _write(path: Path, made: Iterable[list[Row]]) -> int:
+    count = 0
+    with open(path, "w", encoding="utf-8") as file:
+        for rows in made:
+            for row in rows:
+                file.write(json.dumps(row) + "\n")
+                count += 1
+    return count
+
+
+def make_data(folder: Path, *, counts: Counts, seed: int = 0, processes: int = 2) -> dict[str, int]:
+    """Makes everything.
+
+    Args:
+        folder: is created.
+        counts: how much.
+        seed: of everything.
+        processes: that draw and encode.
+
+    Returns:
+        Rows in each JSONL file, by its name.
+    """
+    shared = {"folder": folder, "seed": seed}
+    parts: dict[str, tuple[Callable[[int], list[Row]], int]] = {
+        "captions": (functools.partial(make_caption, **shared), counts.captions),
+        "pictures": (functools.partial(make_picture, part=PICTURES, **shared), counts.pictures),
+        "clips": (functools.partial(make_clip, part=CLIPS, **shared), counts.clips),
+        "streams": (functools.partial(make_stream, **shared), counts.streams),
+        "review": (functools.partial(make_review, **shared), counts.review),
+        "heldout_pictures": (functools.partial(make_picture, part=HELDOUT_PICTURES, **shared), counts.heldout),
+        "heldout_clips": (functools.partial(make_clip, part=HELDOUT_CLIPS, **shared), counts.heldout),
+    }
+    written: dict[str, int] = {}
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for name, (make, count) in parts.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            written[name] = _write(folder / f"{name}.jsonl", pool.imap(make, range(count), chunksize=16))
+    return written
+
+
+def main() -> None:
+    """Makes the data and says how much it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    for field in dataclasses.fields(Counts):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    options = vars(parser.parse_args())
+    folder, seed, processes = options.pop("folder"), options.pop("seed"), options.pop("processes")
+    started = time.monotonic()
+    written = make_data(folder, counts=Counts(**options), seed=seed, processes=processes)
+    for name, count in written.items():
+        print(f"{folder / name}.jsonl: {count} rows")
+    print(f"{time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

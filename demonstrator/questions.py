@@ -1,0 +1,618 @@
+"""Questions in plain English on a scene, with true answers, in many wordings; captions and streaming turns.
+
+A `Scene` and a random generator enter, question-and-answer pairs leave, each with its kind and what counts as right;
+drawing is left to `scenes.py`, files to `make_data.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from .scenes import MIN_SEEN_MOTION, TICK_SECONDS, Direction, Scene, Shape
+
+Rng = np.random.Generator
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+_MOVES: dict[Direction, str] = {
+    "left": "moves left",
+    "right": "moves right",
+    "up": "moves up",
+    "down": "moves down",
+    "none": "does not move",
+}
+# A centre this close to the line between two thirds of the frame has no clear position.
+_CLEAR_MARGIN = 0.04
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A question and its answer.
+
+    Attributes:
+        kind: color, shape, direction, count, position, order, when, presence or caption.
+        question: in plain English.
+        answer: the sentence to learn.
+        key: what an answer must contain to be right, lower case; for `when` the time in seconds.
+        others: words of the same kind that a right answer must not contain.
+    """
+
+    kind: str
+    question: str
+    answer: str
+    key: str
+    others: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A shape appears or vanishes.
+
+    Attributes:
+        frame: index of the first frame that differs.
+        shape: which one.
+        verb: appears or vanishes.
+    """
+
+    frame: int
+    shape: Shape
+    verb: str
+
+
+# ---------------------------------------------------------------------- facts
+
+
+def events(scene: Scene) -> list[Event]:
+    """What appears and vanishes, in order of time."""
+    found = [Event(shape.first_frame, shape, "appears") for shape in scene.shapes if shape.first_frame > 0]
+    found += [
+        Event(shape.last_frame + 1, shape, "vanishes")
+        for shape in scene.shapes
+        if shape.last_frame < scene.num_frames - 1
+    ]
+    return sorted(found, key=lambda event: event.frame)
+
+
+def seen_direction(scene: Scene, shape: Shape) -> Direction | None:
+    """Which way a shape moves in the sampled frames; None where they do not show it clearly."""
+    frames = [frame for frame in scene.sampled_frames() if shape.first_frame <= frame <= shape.last_frame]
+    if len(frames) < 2:
+        return None
+    if shape.motion.direction == "none":
+        return "none"
+    free = dataclasses.replace(shape.motion, wrap=None)
+    (ax, ay), (bx, by) = free.at(frames[0] / scene.rate), free.at(frames[-1] / scene.rate)
+    moved = max(abs(ax - bx) / scene.width, abs(ay - by) / scene.height)
+    return shape.motion.direction if moved >= MIN_SEEN_MOTION * 0.99 else None
+
+
+def position(scene: Scene, shape: Shape) -> str | None:
+    """Where a shape that stands is, by thirds of the frame; None for one that moves or stands between two."""
+    if shape.motion.direction != "none":
+        return None
+    x, y = shape.motion.x / scene.width, shape.motion.y / scene.height
+    if any(abs(v - line) < _CLEAR_MARGIN for v in (x, y) for line in (1 / 3, 2 / 3)):
+        return None
+    row = ("top", "middle", "bottom")[min(int(y * 3), 2)]
+    column = ("left", "middle", "right")[min(int(x * 3), 2)]
+    if row == column:
+        return "center"
+    return row if column == "middle" else column if row == "middle" else f"{row} {column}"
+
+
+_POSITIONS = (
+    "top left",
+    "top right",
+    "bottom left",
+    "bottom right",
+    "top",
+    "bottom",
+    "left",
+    "right",
+    "center",
+)
+
+
+def _unique(scene: Scene, shape: Shape, field: str) -> bool:
+    return sum(getattr(other, field) == getattr(shape, field) for other in scene.shapes) == 1
+
+
+def _reference(rng: Rng, scene: Scene, shape: Shape, hide: str = "") -> str | None:
+    """A phrase that names one shape of several, without saying what `hide` asks for."""
+    options = []
+    if len(scene.shapes) == 1:
+        options += ["shape", "object", "thing", "figure"] if rng.random() < 0.4 else ["shape"]
+    if hide != "color" and hide != "kind":
+        options.append(shape.name)
+    if hide != "color" and _unique(scene, shape, "color"):
+        options += [f"{shape.color} shape", f"{shape.color} object", f"{shape.color} one"]
+    if hide != "kind" and _unique(scene, shape, "kind"):
+        options.append(shape.kind)
+    if not options:
+        return None
+    if len(scene.shapes) == 1 and rng.random() < 0.6:
+        return options[0]
+    return str(rng.choice(options))
+
+
+# ---------------------------------------------------------------------- wording
+
+
+def _say(rng: Rng, options: list[str], media: str, **names: str) -> str:
+    text = str(rng.choice(options)).replace("VIDEO", media)
+    for name, value in names.items():
+        text = text.replace(name, value)
+    return text
+
+
+def _roughen(rng: Rng, text: str) -> str:
+    """Changes case and punctuation, or adds a few words around, as people do."""
+    draw = rng.random()
+    if draw < 0.12:
+        text = (
+            str(
+                rng.choice(
+                    [
+                        "Look at the video. ",
+                        "Please answer: ",
+                        "Tell me: ",
+                        "Question: ",
+                        "Watch closely. ",
+                        "Can you tell me: ",
+                        "In this video: ",
+                    ]
+                )
+            )
+            + text
+        )
+    elif draw < 0.2:
+        text += str(
+            rng.choice(
+                [" Answer briefly.", " Answer in one word.", " Please answer.", " Answer in one sentence.", " Thanks."]
+            )
+        )
+    draw = rng.random()
+    if draw < 0.15:
+        text = text.lower()
+    elif draw < 0.18:
+        text = text.upper()
+    draw = rng.random()
+    if draw < 0.15:
+        text = text.rstrip("?.")
+    elif draw < 0.2:
+        text = text.rstrip("?.") + " ?"
+    return text
+
+
+def _color(rng: Rng, scene: Scene, media: str) -> Turn | None:
+    shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
+    name = _reference(rng, scene, shape, hide="color")
+    if name is None:
+        return None
+    question = _say(
+        rng,
+        [
+            "What color is the NAME?",
+            "What color is the NAME?",
+            "What color is the NAME?",
+            "What is the color of the NAME?",
+            "Which color is the NAME?",
+            "Which color does the NAME have?",
+            "What color does the NAME have?",
+            "What colour is the NAME?",
+            "What is the colour of the NAME?",
+            "Name the color of the NAME.",
+            "What color is the NAME in the VIDEO?",
+            "Tell me the color of the NAME.",
+            "The NAME is of which color?",
+            "What's the color of the NAME?",
+            "What color is it?" if len(scene.shapes) == 1 else "What color is the NAME?",
+        ],
+        media,
+        NAME=name,
+    )
+    answer = _say(rng, ["The NAME is COLOR."], media, NAME=name if name != "thing" else "shape", COLOR=shape.color)
+    return Turn("color", question, answer, shape.color, ("red", "green", "blue", "yellow", "purple", "white"))
+
+
+def _shape(rng: Rng, scene: Scene, media: str) -> Turn | None:
+    shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
+    if len(scene.shapes) == 1:
+        question = _say(
+            rng,
+            [
+                "What shape is it?",
+                "What shape is it?",
+                "What shape is it?",
+                "What shape is the object?",
+                "What shape is shown?",
+                "Which shape is it?",
+                "Which shape do you see?",
+                "What shape do you see?",
+                "What is the shape?",
+                "What shape is in the VIDEO?",
+                "Which shape is in the VIDEO?",
+                "Name the shape.",
+                "What kind of shape is it?",
+                "What kind of shape is this?",
+                "What shape is this?",
+                "What is the shape of the object?",
+                "What form does it have?",
+                "What shape is the COLOR object?",
+                "What shape is the COLOR one?",
+                "What object is in the VIDEO?",
+                "What is shown in the VIDEO?",
+            ],
+            media,
+            COLOR=shape.color,
+        )
+        answer = f"It is a {shape.kind}."
+    else:
+        if not _unique(scene, shape, "color"):
+            return None
+        question = _say(
+            rng,
+            [
+                "What shape is the COLOR object?",
+                "What shape is the COLOR one?",
+                "Which shape is COLOR?",
+                "What is the shape of the COLOR object?",
+                "What shape is COLOR?",
+                "What is the COLOR object?",
+                "Name the COLOR shape.",
+                "What kind of shape is the COLOR one?",
+            ],
+            media,
+            COLOR=shape.color,
+        )
+        answer = f"It is a {shape.kind}."
+    return Turn("shape", question, answer, shape.kind, ("circle", "square", "triangle", "cross"))
+
+
+def _direction(rng: Rng, scene: Scene, media: str) -> Turn | None:
+    shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
+    direction = seen_direction(scene, shape)
+    name = _reference(rng, scene, shape)
+    if direction is None or name is None:
+        return None
+    question = _say(
+        rng,
+        [
+            "Which way does the NAME move?",
+            "Which way does the NAME move?",
+            "Which way does the NAME move?",
+            "Which way is the NAME moving?",
+            "Which direction does the NAME move?",
+            "In which direction does the NAME move?",
+            "In what direction does the NAME move?",
+            "In which direction is the NAME moving?",
+            "What direction is the NAME moving in?",
+            "Where does the NAME go?",
+            "Where does the NAME move?",
+            "How does the NAME move?",
+            "What is the direction of motion of the NAME?",
+            "Does the NAME move left, right, up or down?",
+            "To which side does the NAME move?",
+            "Which way does the NAME go?",
+            "Which way does it move?" if len(scene.shapes) == 1 else "Which way does the NAME move?",
+            "What does the NAME do in the VIDEO?",
+        ],
+        media,
+        NAME=name,
+    )
+    answer = "It does not move." if direction == "none" else f"It moves {direction}."
+    return Turn(
+        "direction",
+        question,
+        answer,
+        "not move" if direction == "none" else direction,
+        ("left", "right", "up", "down", "not move"),
+    )
+
+
+def _count(rng: Rng, scene: Scene, media: str) -> Turn | None:
+    question = _say(
+        rng,
+        [
+            "How many shapes are there?",
+            "How many shapes are there?",
+            "How many shapes are there?",
+            "How many shapes do you see?",
+            "How many shapes can you see?",
+            "How many objects are there?",
+            "How many shapes are in the VIDEO?",
+            "How many shapes are shown?",
+            "How many shapes does the VIDEO show?",
+            "Count the shapes.",
+            "What is the number of shapes?",
+            "How many different shapes are there?",
+            "How many figures are there?",
+            "How many things are there in the VIDEO?",
+        ],
+        media,
+    )
+    count = len(scene.shapes)
+    word = NUMBERS[count]
+    # Word and digit: whoever reads the answer may look for either.
+    answer = f"There is {word} ({count}) shape." if count == 1 else f"There are {word} ({count}) shapes."
+    return Turn("count", question, answer, word, NUMBERS[1:])
+
+
+def _position(rng: Rng, scene: Scene, media: str) -> Turn | None:
+    shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
+    place = position(scene, shape)
+    name = _reference(rng, scene, shape)
+    if place is None or name is None:
+        return None
+    question = _say(
+        rng,
+        [
+            "Where is the NAME?",
+            "Where is the NAME?",
+            "Where is the NAME in the VIDEO?",
+            "What is the position of the NAME?",
+            "In which part of the VIDEO is the NAME?",
+            "Where do you see the NAME?",
+            "Where can the NAME be seen?",
+        ],
+        media,
+        NAME=name,
+    )
+    answer = "It is in the center." if place == "center" else f"It is at the {place}."
+    return Turn("position", question, answer, place, tuple(p for p in _POSITIONS if p not in place))
+
+
+def _presence(rng: Rng, scene: Scene, media: str) -> Turn | None:
+    shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
+    if rng.random() < 0.5:
+        color, kind = shape.color, shape.kind
+    else:
+        kinds: tuple[str, ...] = ("circle", "square", "triangle", "cross")
+        colors: tuple[str, ...] = ("red", "green", "blue", "yellow", "purple", "white")
+        color = str(rng.choice(colors)) if rng.random() < 0.5 else shape.color  # type: ignore[assignment]
+        kind = str(rng.choice(kinds))  # type: ignore[assignment]
+    there = any(s.color == color and s.kind == kind for s in scene.shapes)
+    question = _say(
+        rng,
+        [
+            "Is there a NAME?",
+            "Is there a NAME in the VIDEO?",
+            "Do you see a NAME?",
+            "Does the VIDEO show a NAME?",
+            "Can you see a NAME?",
+        ],
+        media,
+        NAME=f"{color} {kind}",
+    )
+    answer = f"Yes, there is a {color} {kind}." if there else f"No, there is no {color} {kind}."
+    return Turn("presence", question, answer, "yes" if there else "no,", ("yes", "no,"))
+
+
+def _order(rng: Rng, scene: Scene, media: str) -> Turn | None:
+    happened = events(scene)
+    if len(happened) < 2:
+        return None
+    first = happened[0]
+    appeared = [event for event in happened if event.verb == "appears"]
+    if len(appeared) >= 2 and rng.random() < 0.4:
+        first = appeared[0]
+        question = _say(
+            rng,
+            [
+                "Which shape appears first?",
+                "What appears first?",
+                "Which shape appears first in the VIDEO?",
+                f"Which appears first, the {appeared[0].shape.name} or the {appeared[1].shape.name}?",
+                f"Which appears first, the {appeared[1].shape.name} or the {appeared[0].shape.name}?",
+            ],
+            media,
+        )
+    else:
+        question = _say(
+            rng,
+            [
+                "What happened first?",
+                "What happens first?",
+                "What happens first in the VIDEO?",
+                "Which event comes first?",
+                "What is the first thing that happens?",
+            ],
+            media,
+        )
+    answer = f"The {first.shape.name} {first.verb} first."
+    return Turn("order", question, answer, f"{first.shape.name} {first.verb}")
+
+
+def _when(rng: Rng, scene: Scene, media: str) -> Turn | None:
+    happened = events(scene)
+    if not happened:
+        return None
+    event = happened[int(rng.integers(len(happened)))]
+    name = _reference(rng, scene, event.shape)
+    if name is None:
+        return None
+    stem = event.verb.removesuffix("es").removesuffix("s") if event.verb == "vanishes" else "appear"
+    question = _say(
+        rng,
+        [
+            f"When does the NAME {stem}?",
+            f"When does the NAME {stem}?",
+            f"At what time does the NAME {stem}?",
+            f"At which second does the NAME {stem}?",
+            f"After how many seconds does the NAME {stem}?",
+            f"When does the NAME {stem} in the VIDEO?",
+        ],
+        media,
+        NAME=name,
+    )
+    seconds = scene.label(event.frame)
+    return Turn("when", question, f"At {seconds:.1f} seconds.", f"{seconds:.1f}")
+
+
+def _number_phrase(scene: Scene) -> str:
+    return f"{NUMBERS[len(scene.shapes)].capitalize()} shapes: "
+
+
+def _describe(scene: Scene, shape: Shape) -> str:
+    """One shape with all that is known of it: "a red circle moves left"."""
+    text = f"a {shape.name}"
+    if scene.num_frames > 1:
+        direction = seen_direction(scene, shape)
+        if direction == "none" and (place := position(scene, shape)):
+            text += f" {'in' if place == 'center' else 'at'} the {place}"
+        if direction is not None:
+            text += f" {_MOVES[direction]}"
+        if shape.first_frame > 0:
+            text += f" and appears at {scene.label(shape.first_frame):.1f} seconds"
+        elif shape.last_frame < scene.num_frames - 1:
+            text += f" and vanishes at {scene.label(shape.last_frame + 1):.1f} seconds"
+        return text.replace(f"{shape.name} and ", f"{shape.name} ")
+    place = position(scene, shape)
+    return text if place is None else f"{text} {'in' if place == 'center' else 'at'} the {place}"
+
+
+def caption(scene: Scene) -> str:
+    """Everything that is known of a scene; its shapes from left to right."""
+    shapes = sorted(scene.shapes, key=lambda shape: shape.motion.x / scene.width)
+    described = [_describe(scene, shape) for shape in shapes]
+    if len(described) == 1:
+        return described[0][0].upper() + described[0][1:] + "."
+    return _number_phrase(scene) + ", ".join(described[:-1]) + " and " + described[-1] + "."
+
+
+def _caption(rng: Rng, scene: Scene, media: str) -> Turn:
+    question = _say(
+        rng,
+        [
+            "Describe the VIDEO.",
+            "What do you see?",
+            "What happens in the VIDEO?" if media == "video" else "Describe this VIDEO.",
+            "Give a caption.",
+            "What is in the VIDEO?",
+            "Describe what you see.",
+        ],
+        media,
+    )
+    text = caption(scene)
+    return Turn("caption", question, text, text.lower())
+
+
+_MAKERS: dict[str, Callable[[Rng, Scene, str], Turn | None]] = {
+    "color": _color,
+    "shape": _shape,
+    "direction": _direction,
+    "count": _count,
+    "position": _position,
+    "presence": _presence,
+    "order": _order,
+    "when": _when,
+    "caption": _caption,
+}
+
+
+def ask(rng: Rng, scene: Scene, kind: str, *, rough: bool = True) -> Turn | None:
+    """A question of one kind; None where the scene has no clear answer to it.
+
+    Args:
+        rng: chooses shape and wording.
+        scene: what is asked about.
+        kind: a name of `Turn.kind`.
+        rough: whether case, punctuation and words around the question vary.
+    """
+    media = "image" if scene.num_frames == 1 else "video"
+    if media == "image" and rng.random() < 0.5:
+        media = "picture"
+    if not scene.shapes or (scene.num_frames == 1 and kind in ("direction", "order", "when")):
+        return None
+    turn = _MAKERS[kind](rng, scene, media)
+    if turn is None or not rough:
+        return turn
+    question = _roughen(rng, turn.question)
+    return dataclasses.replace(turn, question=question if media == "video" else question.replace("video", "picture"))
+
+
+def description(rng: Rng, scene: Scene) -> list[Turn]:
+    """A caption alone: the row from which attributes are learnt fastest."""
+    return [_caption(rng, scene, "video" if scene.num_frames > 1 else "image")]
+
+
+def conversation(rng: Rng, scene: Scene, *, max_turns: int = 6) -> list[Turn]:
+    """Several questions on one scene, in random order.
+
+    A caption, where there is one, comes last: what it says would answer every question after it.
+    """
+    kinds = ["color", "shape", "direction", "count", "position", "presence", "order", "when"]
+    turns = [turn for kind in rng.permutation(kinds) if (turn := ask(rng, scene, str(kind))) is not None]
+    turns = turns[: int(rng.integers(max(1, max_turns - 2), max_turns + 1))]
+    return turns + description(rng, scene) if rng.random() < 0.3 else turns
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamTurn:
+    """A message of a streaming conversation.
+
+    Attributes:
+        role: user or assistant.
+        content: what is said.
+        seconds: when.
+    """
+
+    role: str
+    content: str
+    seconds: float
+
+
+def stream_conversation(rng: Rng, scene: Scene) -> list[StreamTurn] | None:
+    """A request such as "Tell me when the red circle appears." at the start, and its answer when it happens.
+
+    Returns:
+        Messages in order of time; None for a scene in which nothing appears or vanishes.
+    """
+    happened = events(scene)
+    if not happened:
+        return None
+    event = happened[int(rng.integers(len(happened)))]
+    name = event.shape.name if rng.random() < 0.7 else _reference(rng, scene, event.shape) or event.shape.name
+    verb = event.verb
+    request = _say(
+        rng,
+        [
+            f"Tell me when the NAME {verb}.",
+            f"Tell me when the NAME {verb}.",
+            f"Say when the NAME {verb}.",
+            f"Let me know when the NAME {verb}.",
+            f"Please tell me as soon as the NAME {verb}.",
+            f"Tell me when a NAME {verb}.",
+        ],
+        "video",
+        NAME=name,
+    )
+    seconds = math.floor(event.frame / scene.rate * 100) / 100
+    label = scene.label(event.frame)
+    return [
+        StreamTurn("user", _roughen(rng, request), 0.0),
+        StreamTurn("assistant", f"The {name} {verb} now.", max(seconds, label)),
+    ]
+
+
+def is_right(turn: Turn, answer: str, *, tolerance_seconds: float = TICK_SECONDS) -> bool:
+    """Whether an answer contains what it must and nothing that contradicts it.
+
+    Args:
+        turn: question with its key.
+        answer: what the model said.
+        tolerance_seconds: for `when`: how far off a time may be.
+    """
+    text = answer.lower()
+    if turn.kind == "when":
+        numbers = [word.strip(".,") for word in text.split() if word.strip(".,").replace(".", "", 1).isdigit()]
+        return bool(numbers) and abs(float(numbers[0]) - float(turn.key)) <= tolerance_seconds + 1e-6
+    if turn.kind == "caption":
+        return text.strip() == turn.key
+    if turn.key not in text:
+        return False
+    rest = text.replace(turn.key, " ")
+    return not any(f" {other}" in f" {rest}" for other in turn.others if other != turn.key)

@@ -1,0 +1,132 @@
+"""Questions, their answers and what counts as right."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from demonstrator.questions import (
+    Turn,
+    ask,
+    caption,
+    conversation,
+    events,
+    is_right,
+    position,
+    seen_direction,
+    stream_conversation,
+)
+from demonstrator.scenes import Motion, Shape, random_clip, random_picture
+
+from .test_scenes import scene_of
+
+RED_CIRCLE = Shape("circle", "red", (255, 0, 0), 16, Motion(20, 14))
+BLUE_SQUARE = Shape("square", "blue", (0, 0, 255), 16, Motion(100, 70))
+KINDS = ("color", "shape", "direction", "count", "position", "presence", "order", "when", "caption")
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def answer(scene, kind):
+    turn = ask(rng(), scene, kind)
+    return None if turn is None else turn.answer
+
+
+def test_answers_of_a_scene_drawn_by_hand():
+    moving = dataclasses.replace(RED_CIRCLE, motion=Motion(20, 42, "right", 80, 0, 4))
+    scene = scene_of(moving)
+    assert answer(scene, "color").endswith("is red.")
+    assert answer(scene, "shape") == "It is a circle."
+    assert answer(scene, "direction") == "It moves right."
+    assert answer(scene, "count") == "There is one (1) shape."
+    assert answer(scene, "position") is None, "a shape that moves is at no place"
+    assert answer(scene, "order") is None
+    assert caption(scene) == "A red circle moves right."
+
+
+def test_two_events():
+    scene = scene_of(
+        dataclasses.replace(RED_CIRCLE, first_frame=22), dataclasses.replace(BLUE_SQUARE, last_frame=12), rate=10
+    )
+    assert [(event.frame, event.shape.color, event.verb) for event in events(scene)] == [
+        (13, "blue", "vanishes"),
+        (22, "red", "appears"),
+    ]
+    assert answer(scene, "order") == "The blue square vanishes first."
+    assert answer(scene, "when") in ("At 1.0 seconds.", "At 2.0 seconds.")
+    assert caption(scene) == (
+        "Two shapes: a red circle at the top left does not move and appears at 2.0 seconds and a blue square at the "
+        "bottom right does not move and vanishes at 1.0 seconds."
+    )
+    user, assistant = stream_conversation(rng(), scene)
+    assert (user.role, user.seconds) == ("user", 0.0)
+    assert (assistant.content, assistant.seconds) in (
+        ("The red circle appears now.", 2.2),
+        ("The blue square vanishes now.", 1.3),
+    )
+
+
+def test_nothing_to_stream_where_nothing_happens():
+    assert stream_conversation(rng(), scene_of(RED_CIRCLE)) is None
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "expected"),
+    [(20, 14, "top left"), (60, 42, "center"), (100, 42, "right"), (60, 70, "bottom"), (41, 14, None)],
+)
+def test_positions_by_thirds(x, y, expected):
+    shape = dataclasses.replace(RED_CIRCLE, motion=Motion(x, y))
+    assert position(scene_of(shape), shape) == expected
+
+
+def test_a_motion_that_the_sampled_frames_hardly_show_is_not_asked_about():
+    barely = dataclasses.replace(RED_CIRCLE, motion=Motion(20, 42, "right", 11, 0, 4))
+    assert seen_direction(scene_of(barely), barely) is None
+    gone = dataclasses.replace(RED_CIRCLE, motion=Motion(20, 42, "right", 80, 0, 4), last_frame=6)
+    assert seen_direction(scene_of(gone), gone) is None
+
+
+def test_every_true_answer_counts_as_right_and_names_one_thing():
+    counts = dict.fromkeys(KINDS, 0)
+    for number in range(200):
+        generator = np.random.default_rng([4, number])
+        scene = random_clip(generator) if number % 3 else random_picture(generator)
+        for kind in KINDS:
+            turn = ask(generator, scene, kind)
+            if turn is None:
+                continue
+            counts[kind] += 1
+            assert turn.kind == kind
+            assert turn.question.strip()
+            assert is_right(turn, turn.answer), turn
+    assert min(counts.values()) > 15, counts
+
+
+def test_what_counts_as_right():
+    turn = Turn("direction", "?", "It moves left.", "left", ("left", "right", "up", "down", "not move"))
+    assert is_right(turn, "To the LEFT.")
+    assert not is_right(turn, "It moves right.")
+    assert not is_right(turn, "left, right")
+    when = Turn("when", "?", "At 2.5 seconds.", "2.5")
+    assert is_right(when, "At 3.0 seconds.")
+    assert not is_right(when, "At 3.5 seconds.")
+    assert not is_right(when, "soon")
+
+
+def test_questions_do_not_give_their_answer_away():
+    for number in range(150):
+        generator = np.random.default_rng([5, number])
+        scene = random_clip(generator)
+        for kind in ("color", "shape"):
+            turn = ask(generator, scene, kind)
+            if turn is not None:
+                assert turn.key not in turn.question.lower(), turn
+
+
+def test_a_caption_stands_last():
+    for number in range(60):
+        generator = np.random.default_rng([6, number])
+        kinds = [turn.kind for turn in conversation(generator, random_clip(generator))]
+        assert "caption" not in kinds[:-1]
+        assert 1 <= len(kinds) <= 7
