@@ -6,7 +6,7 @@ Both have the size of the released encoder (SigLIP so400m) with the first `--lay
 weights shared between them, and attention `sdpa`. The third side, `products`, is the bound: the matrix products of
 the same layers alone (linear layers, and the two products of attention inside each segment), without norms,
 rotation, softmax, activation or residuals. Calls take turns in one process (A B C C B A); the highest memory is taken
-from a process per side, above what the model and its input occupy. Outputs are compared in the same type, and in
+from a process per model, above what it and its input occupy. Outputs are compared in the same type, and in
 bfloat16 also each with our float32 output.
 """
 
@@ -93,7 +93,7 @@ def run_case(name: str, dtype: str, setting: dict[str, Any], rounds: int) -> dic
     print(f"{name}, {dtype}", file=sys.stderr)
     spec = {**setting, "input": name, "dtype": dtype, "rounds": rounds}
     compared = common.run_fresh(__file__, {**spec, "task": "compare"})
-    memory: dict[str, list[float]] = {side: [] for side in SIDES}
+    memory: dict[str, list[float]] = {side: [] for side in MODELS}
     for _ in range(rounds):
         for side, peaks in memory.items():
             peaks.append(common.run_fresh(__file__, {**spec, "task": "memory", "side": side})["peak_mib"])
@@ -101,13 +101,15 @@ def run_case(name: str, dtype: str, setting: dict[str, Any], rounds: int) -> dic
         side: {
             "wall_seconds": common.middle(compared["wall_seconds"][side]),
             "cpu_seconds": common.middle(compared["cpu_seconds"][side]),
-            "peak_mib": common.middle(memory[side]),
+            **({"peak_mib": common.middle(memory[side])} if side in memory else {}),
         }
         for side in SIDES
     }
     ratios = {
         f"ours / {other}": {
-            figure: common.ratio(values, sides[other][figure]) for figure, values in sides["ours"].items()
+            figure: common.ratio(values, sides[other][figure])
+            for figure, values in sides["ours"].items()
+            if figure in sides[other]
         }
         for other in ("native", "products")
     }
@@ -126,7 +128,7 @@ def show(cases: dict[str, Any]) -> None:
             side,
             common.spread(values["wall_seconds"]),
             common.spread(values["cpu_seconds"]),
-            common.spread(values["peak_mib"], digits=0),
+            common.spread(values["peak_mib"], digits=0) if "peak_mib" in values else "-",
         ]
         for name, case in cases.items()
         for side, values in case["sides"].items()
@@ -134,7 +136,12 @@ def show(cases: dict[str, Any]) -> None:
     common.print_table(["case", "side", "wall s (min-max)", "CPU s (min-max)", "peak MiB"], rows)
     print("\nRatios of medians (of minima); below 1 ours is cheaper.")
     rows = [
-        [name, label, *(common.show_ratio(values[figure]) for figure in ("wall_seconds", "cpu_seconds", "peak_mib"))]
+        [
+            name,
+            label,
+            *(common.show_ratio(values[figure]) for figure in ("wall_seconds", "cpu_seconds")),
+            common.show_ratio(values["peak_mib"]) if "peak_mib" in values else "-",
+        ]
         for name, case in cases.items()
         for label, values in case["ratios"].items()
     ]

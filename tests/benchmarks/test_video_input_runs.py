@@ -15,3 +15,4 @@ def test_video_input_measures_ours_and_the_floor(tmp_path):
         sizes = {side: values["output_mib"] for side, values in case["sides"].items()}
         assert sizes["ours"] == sizes["everything"] == 4 * sizes["ours_uint8"] > 0
         assert "ours / floor" in case["ratios"]
+        assert set(case["cpu_seconds_of_steps"]) == {"demux", "decode", "to RGB", "resize", "patches"}
