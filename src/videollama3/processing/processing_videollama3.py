@@ -365,12 +365,7 @@ class VideoLlama3Processor(ProcessorMixin):
             Frames, sizes, patches, visual tokens and bytes of pixels, per image or video and in all.
         """
         options = self._read_options(kwargs)
-        return estimate_request(
-            self._plan_media(read_conversation(conversation).media, options, ""),
-            image=self.image_processor.settings(**_pick(options, _IMAGE_SETTINGS, "image_")),
-            video=self.video_processor.settings(**_pick(options, _VIDEO_SETTINGS, "video_")),
-            max_visual_tokens=options.get("max_visual_tokens"),
-        )
+        return self._estimate_planned(self._plan_media(read_conversation(conversation).media, options, ""), options)
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
@@ -579,6 +574,14 @@ class VideoLlama3Processor(ProcessorMixin):
             max_visual_tokens=options.get("max_visual_tokens"),
             pixel_dtype=options.get("pixel_dtype", self.image_processor.pixel_dtype),
             progress=options.get("progress"),
+        )
+
+    def _estimate_planned(self, planned: Sequence[PlannedMedia], options: dict[str, Any]) -> RequestEstimate:
+        return estimate_request(
+            planned,
+            image=self.image_processor.settings(**_pick(options, _IMAGE_SETTINGS, "image_")),
+            video=self.video_processor.settings(**_pick(options, _VIDEO_SETTINGS, "video_")),
+            max_visual_tokens=options.get("max_visual_tokens"),
         )
 
     def _plan_media(

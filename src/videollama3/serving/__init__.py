@@ -1,0 +1,1 @@
+"""Adapters to serving engines that exist; nothing here is imported by `import videollama3`."""
