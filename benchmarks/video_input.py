@@ -66,7 +66,6 @@ CASES: dict[str, dict[str, Any]] = {
 QUICK_REPEATS = {10: 3, 60: 10}
 TOY_CASES: dict[str, dict[str, Any]] = {
     "4 s 96x64": {"seconds": 2, "repeat": 2, "width": 96, "height": 64, "gop": 25},
-    "2 s screen 96x64": {"seconds": 2, "width": 96, "height": 64, "gop": 25, "screen": 1},
 }
 WARM_UP = {"seconds": 2, "width": 128, "height": 96, "gop": 25}
 SIDES = {

@@ -319,19 +319,26 @@ def test_bad_options_are_refused():
             FeedOptions(**{option: value})
 
 
+# A child of a job in the background inherits that Ctrl-C is ignored.
+WATCH = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from videollama3.cli import main; sys.exit(main())"
+)
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_a_watch_cleanly(tmp_path):
     path = write_clip(tmp_path / "clip.mp4", 1500, 25, options={"preset": "ultrafast"})
-    command = [sys.executable, "-m", "videollama3", "watch", path, "Tell me.", "--realtime", "--threshold", "0"]
-    process = subprocess.Popen(
+    command = [sys.executable, "-c", WATCH, "watch", path, "Tell me.", "--realtime", "--threshold", "0"]
+    with subprocess.Popen(
         [*command, "--max-new-tokens", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout.readline().startswith("[0.0s]")
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    ) as process:
+        try:
+            assert process.stdout.readline().startswith("[0.0s]")
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert "watched " in errors
