@@ -496,6 +496,26 @@ def test_damaged_language_models(siglip, tmp_path):
         build_initial_checkpoint(siglip, llm, tmp_path / "new")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 9000}, r"weights of 9000 layers of the language model in .*llm/', as config.json says, found 2"),
+        ({"intermediate_size": 1_000_000}, r"shapes that config\.json asks for .*\[1000000, 32\], got \[56, 32\]"),
+        ({"num_hidden_layers": 0}, r"`num_hidden_layers` of the language model to be a positive integer, got 0"),
+        ({"num_key_value_heads": 3}, r"`num_key_value_heads` to divide its `num_attention_heads`"),
+        ({"hidden_size": -32}, r"`hidden_size` of the language model to be a positive integer, got -32"),
+    ],
+)
+def test_absurd_language_models_are_refused_before_they_are_built(siglip, tmp_path, changes, message):
+    llm = write_llm(tmp_path / "llm")
+    config = json.loads((llm / "config.json").read_text())
+    # transformers itself refuses a number of layers that contradicts this list; a stranger's file need not have it.
+    del config["layer_types"]
+    (llm / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=message):
+        build_initial_checkpoint(siglip, llm, tmp_path / "new")
+
+
 def test_a_tokenizer_without_the_chat_format(siglip, tmp_path):
     llm = write_llm(tmp_path / "llm", tokenizer=qwen_tokenizer(("<|endoftext|>", "<|im_start|>")))
     with pytest.raises(ValueError, match=r"tokenizer with <\|im_start\|> and <\|im_end\|> .* without <\|im_end\|>: "):

@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from ..modeling.checkpoint_checks import check_finite, weights_folder
+from ..modeling.checkpoint_checks import check_finite, check_sizes, weights_folder
 from ..modeling.checkpoint_files import stored_tensors
 from ..modeling.checkpoint_layouts import (
     IMAGE_PLACEHOLDER,
@@ -178,11 +178,13 @@ def load_language_model(source: str, *, dtype: str | torch.dtype = "auto", seed:
             f"Expected plain weights in {source!r}, got a quantized checkpoint: training starts from the unquantized "
             "model of the same name."
         )
-    tokenizer, added = _prepare_tokenizer(source)
     # Our own classes check their files by themselves.
     folder = weights_folder(source, {})
     if folder is not None:
-        stored_tensors(folder)
+        tensors = stored_tensors(folder)
+        config = VideoLlama3Config(text_config=_sizes_only(stored)).text_config
+        check_sizes(Qwen2ForCausalLM, config, tensors, list(tensors), folder)
+    tokenizer, added = _prepare_tokenizer(source)
     model, _ = _load(Qwen2ForCausalLM, source, role="language model", dtype=dtype)
     check_finite(model, source)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
@@ -192,6 +194,11 @@ def load_language_model(source: str, *, dtype: str | torch.dtype = "auto", seed:
     _fit_embeddings(model, tokenizer, seed=seed)
     stop = _stop_at_the_end_of_turns(model, tokenizer)
     return LanguagePart(model, tokenizer, source, tied, added, rows, stop)
+
+
+def _sizes_only(stored: dict[str, Any]) -> dict[str, Any]:
+    """A language model's configuration dictionary without what names its code or says where it came from."""
+    return {key: value for key, value in stored.items() if key not in ("auto_map", "_name_or_path", "architectures")}
 
 
 def _read_config(source: str) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def check_before_loading(model_class: Any, name_or_path: Any, options: Mapping[s
         key_mapping = options.get("key_mapping")
         key_mapping = model_class._official_key_mapping if key_mapping is None else key_mapping
         names = [rename(name, key_mapping) for name in stored]
-        _check_sizes(model_class, config, stored, names, folder, bool(options.get("ignore_mismatched_sizes")))
+        ignore = bool(options.get("ignore_mismatched_sizes"))
+        check_sizes(model_class, config, stored, names, folder, ignore_mismatched_sizes=ignore)
 
 
 def weights_folder(name_or_path: str, options: Mapping[str, Any]) -> str | None:
@@ -120,15 +121,28 @@ def _configuration(model_class: Any, name_or_path: Any, options: Mapping[str, An
     return model_class.config_class.from_pretrained(config or name_or_path, **download)
 
 
-def _check_sizes(
+def check_sizes(
     model_class: Any,
     config: Any,
     stored: dict[str, StoredTensor],
     names: list[str],
     folder: str,
-    ignore_mismatched_sizes: bool,
+    *,
+    ignore_mismatched_sizes: bool = False,
 ) -> None:
-    """Compares sizes; `names` are those of `stored`, renamed to the model's."""
+    """Refuses a configuration whose sizes the stored tensors do not justify, before a model is allocated.
+
+    Args:
+        model_class: the class to be filled.
+        config: its configuration.
+        stored: what the files hold.
+        names: those of `stored`, renamed to the model's.
+        folder: for the message.
+        ignore_mismatched_sizes: whether other shapes are let pass, as in `from_pretrained`.
+
+    Raises:
+        ValueError: listing layers or shapes that differ, or saying how much is missing.
+    """
     check_layer_counts(config, names, folder)
     shapes = {name: tensor.shape for name, tensor in zip(names, stored.values(), strict=True)}
     found, missing, mismatched = 0, 0, []
@@ -177,7 +191,7 @@ def check_layer_counts(config: Any, names: Iterable[str], folder: str) -> None:
     """Refuses a configuration with more layers than the stored names have, before a model is built from it.
 
     Args:
-        config: of a whole model or of the encoder alone.
+        config: of a whole model, of the encoder alone or of a Qwen2 alone.
         names: stored names, of any layout.
         folder: for the message.
 
@@ -189,9 +203,10 @@ def check_layer_counts(config: Any, names: Iterable[str], folder: str) -> None:
         found = re.search(r"(?:^|\.)(encoder\.)?layers\.(\d+)\.", name)
         if found:
             layers["vision encoder" if found[1] else "language model"].add(found[2])
-    asked = {"vision encoder": getattr(config, "vision_config", config)}
     if hasattr(config, "text_config"):
-        asked["language model"] = config.text_config
+        asked = {"vision encoder": config.vision_config, "language model": config.text_config}
+    else:
+        asked = {"language model" if config.model_type == "qwen2" else "vision encoder": config}
     for part, sub_config in asked.items():
         if sub_config.num_hidden_layers > len(layers[part]):
             raise ValueError(
