@@ -499,7 +499,10 @@ def test_damaged_language_models(siglip, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 9000}, r"weights of 9000 layers of the language model in .*llm/', as config.json says, found 2"),
+        (
+            {"num_hidden_layers": 9000},
+            r"weights of 9000 layers of the language model in .*llm/', as config.json says, found 2",
+        ),
         ({"intermediate_size": 1_000_000}, r"shapes that config\.json asks for .*\[1000000, 32\], got \[56, 32\]"),
         ({"num_hidden_layers": 0}, r"`num_hidden_layers` of the language model to be a positive integer, got 0"),
         ({"num_key_value_heads": 3}, r"`num_key_value_heads` to divide its `num_attention_heads`"),
