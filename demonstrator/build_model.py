@@ -8,6 +8,7 @@ A seed enters, a checkpoint folder leaves that `videollama3 train` starts from; 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ FRAMES_PER_SECOND = 1 / TICK_SECONDS
 MAX_FRAMES = 64
 # Near 1 / sqrt(width). Chosen after short runs in which 0.02, the value of wide models, learnt more slowly.
 INITIALIZER_RANGE = 0.06
+# How the vision encoder begins (`start_with_waves`, `start_with_neighbours`). From noise, as large models do, it tells no
+# shapes apart before some ten thousand pictures; from here it does after five thousand (docs/demonstrator.md).
+WAVE_GAIN = 2.0
+# Of the backgrounds, in normalised values.
+DARK = -0.76
+NEIGHBOUR_STRENGTH = 8.0
+ROPE_THETA = 10000.0
 
 
 def build_model(vocabulary: dict[str, int], *, seed: int = 0, **sizes: Any) -> VideoLlama3ForCausalLM:
@@ -71,10 +79,65 @@ def build_model(vocabulary: dict[str, int], *, seed: int = 0, **sizes: Any) -> V
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VideoLlama3ForCausalLM(config)
+        start_with_waves(model.model.vision_model.embeddings.patch_embedding)
+        for layer in model.model.vision_model.encoder.layers:
+            start_with_neighbours(layer.self_attn)
     model.generation_config = GenerationConfig(
         eos_token_id=vocabulary["<|im_end|>"], pad_token_id=vocabulary["<|endoftext|>"], do_sample=False
     )
     return model
+
+
+@torch.no_grad()
+def start_with_waves(embedding: torch.nn.Conv2d) -> None:
+    """Lets the patch embedding begin as the slowest waves of a patch instead of as noise.
+
+    The rows are two-dimensional cosines (the DCT of JPEG) of brightness and of two colour differences, slow ones first,
+    mixed by a random rotation; the bias makes a dark patch small, so that what differs from the background stands out.
+
+    Args:
+        embedding: weight (width, 3, patch, patch); the width is at most 3 * patch**2.
+    """
+    width, _, patch, _ = embedding.weight.shape
+    steps = torch.arange(patch, dtype=torch.float64)
+    waves = torch.cos(math.pi * (steps[None, :] + 0.5) * steps[:, None] / patch) * math.sqrt(2 / patch)
+    waves[0] /= math.sqrt(2)
+    channels = torch.tensor([[1, 1, 1], [1, 0, -1], [-1, 2, -1]], dtype=torch.float64)
+    channels = torch.nn.functional.normalize(channels, dim=1)
+    speeds = torch.hypot(steps[:, None], steps[None, :])
+    # Colour varies less across a picture than brightness does.
+    cost = torch.stack([speeds, 0.5 + 1.6 * speeds, 0.5 + 1.6 * speeds]).flatten()
+    basis = torch.einsum("ci,ux,vy->cuvixy", channels, waves, waves).flatten(0, 2)
+    slowest = basis[cost.argsort(stable=True)[:width]]
+    rotation, _ = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))
+    weight = torch.einsum("wk,kixy->wixy", rotation, slowest) * WAVE_GAIN / math.sqrt(patch)
+    embedding.weight.copy_(weight)
+    embedding.bias.copy_(-DARK * weight.sum(dim=(1, 2, 3)))
+
+
+@torch.no_grad()
+def start_with_neighbours(attention: torch.nn.Module) -> None:
+    """Lets four heads begin by looking one patch to the right, left, below and above, as a convolution does.
+
+    Rotary positions turn queries and keys; constant ones, that is biases, whose angles differ by one step attend to the
+    patch one step away, whatever is there. Only the two fastest frequencies of rows and of columns are used.
+
+    Args:
+        attention: a `VideoLlama3VisionAttention`.
+    """
+    width = attention.head_dim
+    half, num_frequencies = width // 2, width // 4
+    frequencies = ROPE_THETA ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
+    fast = (torch.arange(num_frequencies) < 2).to(torch.float64)
+    # So that a step beside the neighbour costs `NEIGHBOUR_STRENGTH` in the score.
+    scale = math.sqrt(NEIGHBOUR_STRENGTH / (fast * (1 - frequencies.cos())).sum().item() / attention.scaling)
+    for head, steps in enumerate(((0, 1), (0, -1), (1, 0), (-1, 0))):
+        angles = torch.cat([-frequencies * step for step in steps])
+        rows = slice(head * width, (head + 1) * width)
+        query = torch.cat([fast, fast, torch.zeros(half)])
+        key = torch.cat([fast, fast]).repeat(2) * torch.cat([angles.cos(), angles.sin()])
+        attention.q_proj.bias[rows] = (query * scale).float()
+        attention.k_proj.bias[rows] = (key * scale).float()
 
 
 def build_processor(tokenizer: Any) -> VideoLlama3Processor:

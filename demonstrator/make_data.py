@@ -6,7 +6,7 @@ processes. Scenes come from `scenes.py`, words from `questions.py`.
     python -m demonstrator.make_data FOLDER
 
     FOLDER/captions.jsonl: pictures of one shape, each described
-    FOLDER/pictures.jsonl, FOLDER/clips.jsonl: each described, and asked about
+    FOLDER/pictures.jsonl, FOLDER/clips.jsonl: each described or asked about
     FOLDER/streams.jsonl: clips in which something happens, with a request to tell when
     FOLDER/review.jsonl: more pictures and clips, so that later stages forget nothing
     FOLDER/heldout_pictures.jsonl, FOLDER/heldout_clips.jsonl
@@ -36,6 +36,7 @@ Row = dict[str, Any]
 
 # The command line puts the system prompt first, the processor by itself does not: both are learnt.
 SHARE_WITH_SYSTEM_PROMPT = 0.35
+SHARE_OF_DESCRIPTIONS = 0.25
 CAPTIONS, PICTURES, CLIPS, STREAMS, REVIEW, HELDOUT_PICTURES, HELDOUT_CLIPS = range(7)
 _FOLDERS = ("captions", "pictures", "clips", "streams", "review", "heldout_pictures", "heldout_clips")
 
@@ -45,19 +46,19 @@ class Counts:
     """How much is made.
 
     Attributes:
-        captions: png files of one shape, with one row each.
-        pictures: png files of several shapes, with two rows each.
-        clips: mp4 files, with two rows each.
+        captions: png files of one shape.
+        pictures: png files of several shapes.
+        clips: mp4 files.
         streams: mp4 files of streaming rows.
-        review: png and mp4 files, half of each, with two rows each.
+        review: png and mp4 files, half of each.
         heldout: pictures and clips each, for evaluation during training.
     """
 
-    captions: int = 60000
-    pictures: int = 15000
-    clips: int = 12000
-    streams: int = 1500
-    review: int = 2000
+    captions: int = 40000
+    pictures: int = 20000
+    clips: int = 15000
+    streams: int = 2000
+    review: int = 3000
     heldout: int = 200
 
 
@@ -75,16 +76,14 @@ def row_of(turns: list[Turn], *, media: dict[str, list[str]], tag: str, system_p
     return {**media, "conversations": said}
 
 
-def _rows(rng: np.random.Generator, scene: Scene, name: str, kind: str, talks: list[list[Turn]]) -> list[Row]:
-    return [
-        row_of(
-            turns,
-            media={kind: [name]},
-            tag=f"<{kind}>",
-            system_prompt=bool(rng.random() < SHARE_WITH_SYSTEM_PROMPT),
-        )
-        for turns in talks
-    ]
+def _row(rng: np.random.Generator, name: str, kind: str, turns: list[Turn]) -> Row:
+    system_prompt = bool(rng.random() < SHARE_WITH_SYSTEM_PROMPT)
+    return row_of(turns, media={kind: [name]}, tag=f"<{kind}>", system_prompt=system_prompt)
+
+
+def _talk(rng: np.random.Generator, scene: Scene) -> list[Turn]:
+    """A description or several questions: what is encoded once is asked about several times."""
+    return description(rng, scene) if rng.random() < SHARE_OF_DESCRIPTIONS else conversation(rng, scene)
 
 
 def make_caption(number: int, *, folder: Path, seed: int) -> list[Row]:
@@ -93,29 +92,29 @@ def make_caption(number: int, *, folder: Path, seed: int) -> list[Row]:
     scene = random_picture(rng, count=1)
     name = f"{_FOLDERS[CAPTIONS]}/{number:06d}.png"
     write_picture(scene, folder / name)
-    return _rows(rng, scene, name, "image", [description(rng, scene)])
+    return [_row(rng, name, "image", description(rng, scene))]
 
 
 def make_picture(number: int, *, folder: Path, part: int, seed: int) -> list[Row]:
-    """Writes one picture and returns two rows, a description and questions."""
+    """Writes one picture and returns its row."""
     rng = rng_of(seed, part, number)
     scene = random_picture(rng)
     name = f"{_FOLDERS[part]}/{number:06d}.png"
     write_picture(scene, folder / name)
-    return _rows(rng, scene, name, "image", [description(rng, scene), conversation(rng, scene)])
+    return [_row(rng, name, "image", _talk(rng, scene))]
 
 
 def make_clip(number: int, *, folder: Path, part: int, seed: int) -> list[Row]:
-    """Writes one clip and returns two rows, a description and questions."""
+    """Writes one clip and returns its row."""
     rng = rng_of(seed, part, number)
     scene = random_clip(rng)
     name = f"{_FOLDERS[part]}/{number:06d}.mp4"
     write_clip(scene, folder / name, random_encoding(rng))
-    return _rows(rng, scene, name, "video", [description(rng, scene), conversation(rng, scene)])
+    return [_row(rng, name, "video", _talk(rng, scene))]
 
 
 def make_review(number: int, *, folder: Path, seed: int) -> list[Row]:
-    """Writes a picture or, for odd numbers, a clip, and returns its rows."""
+    """Writes a picture or, for odd numbers, a clip, and returns its row."""
     make = make_clip if number % 2 else make_picture
     return make(number, folder=folder, part=REVIEW, seed=seed)
 

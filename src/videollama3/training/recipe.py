@@ -19,6 +19,9 @@ import yaml  # type: ignore[import-untyped]
 
 from .packing import WINDOW
 
+# The one optimizer that transformers does not name.
+MUON = "muon"
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelRecipe:
@@ -123,7 +126,7 @@ class ScheduleRecipe:
         decay: transformers' name of the schedule after that.
         weight_decay: of AdamW, on matrices.
         max_grad_norm: gradients are scaled down to this norm.
-        optimizer: transformers' name of the optimizer.
+        optimizer: transformers' name of the optimizer, or muon for torch's Muon on the matrices of the layers.
         precision: bf16 computes in bfloat16 on float32 weights; fp32 in float32.
         seed: of the order, of dropout and of fresh weights.
     """
@@ -338,7 +341,8 @@ def training_arguments(recipe: Recipe, *, gradient_accumulation_steps: int, tens
         "warmup_steps": schedule.warmup,
         "weight_decay": schedule.weight_decay,
         "max_grad_norm": schedule.max_grad_norm,
-        "optim": schedule.optimizer,
+        # Muon is made by the trainer; transformers does not know it.
+        "optim": "adamw_torch" if schedule.optimizer == MUON else schedule.optimizer,
         "bf16": schedule.precision == "bf16",
         # transformers computes in bfloat16 on the CPU only where the CPU was asked for.
         "use_cpu": not torch.accelerator.is_available(),

@@ -23,6 +23,7 @@ from ..modeling import supervised_loss as loss_module
 from ..modeling import vision_encoder_videollama3 as encoder_module
 from .collator import IGNORE_INDEX, PackingCollator
 from .length_index import Progress, measure_sample, sample_lengths
+from .muon import MuonWithAdamW, is_muon_parameter
 from .packing import WINDOW, Lengths, OnlinePacking, PackedBatchSampler, PackedSamples, sample_name
 
 # Part of a parameter's name -> module; all others belong to the language model. Adapters keep these names.
@@ -98,6 +99,7 @@ class VideoLlama3Trainer(Trainer):
         eval_dataset: Any = None,
         rates: ModuleRates,
         limits: RowLimits,
+        use_muon: bool = False,
         window: int = WINDOW,
         buffer_size: int = 64,
         length_folder: str | None = None,
@@ -115,6 +117,7 @@ class VideoLlama3Trainer(Trainer):
             eval_dataset: map-style, or None.
             rates: learning rate per module.
             limits: of a row.
+            use_muon: whether Muon trains the matrices of the layers (`muon.py`) instead of what `args` say.
             window: see `PackedBatchSampler`.
             buffer_size: see `OnlinePacking`; for a stream.
             length_folder: where measured lengths are kept; None measures anew.
@@ -132,6 +135,7 @@ class VideoLlama3Trainer(Trainer):
             )
         freeze(model, rates)
         self.rates, self.limits, self.window, self.buffer_size = rates, limits, window, buffer_size
+        self.use_muon = use_muon
         self.length_folder, self.progress = length_folder, progress
         self._lengths: dict[int, Lengths] = {}
         if train_lengths is not None:
@@ -250,24 +254,29 @@ class VideoLlama3Trainer(Trainer):
         """One group of parameters for each module, with and without weight decay."""
         if self.optimizer is None:
             owner = self.model if model is None else model
+            if self.use_muon:
+                self.optimizer = MuonWithAdamW(self._groups(owner))
+                return self.optimizer
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, owner)
             self.optimizer = optimizer(self._groups(owner), **options)
         return self.optimizer
 
     def _groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
         decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+        groups: dict[tuple[str, bool, bool], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((module_of(name), name in decayed), []).append(parameter)
+                by_muon = self.use_muon and is_muon_parameter(name, parameter)
+                groups.setdefault((module_of(name), name in decayed, by_muon), []).append(parameter)
         return [
             {
                 "params": parameters,
                 "lr": getattr(self.rates, module),
                 "weight_decay": self.args.weight_decay if decay else 0.0,
                 "module": module,
+                "muon": by_muon,
             }
-            for (module, decay), parameters in groups.items()
+            for (module, decay, by_muon), parameters in groups.items()
         ]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -283,7 +292,8 @@ class VideoLlama3Trainer(Trainer):
         """Logs, with the learning rate of each module."""
         if "learning_rate" in logs and self.optimizer is not None:
             # What is logged is the first group's; one schedule scales all.
-            factor = logs["learning_rate"] / getattr(self.rates, self.optimizer.param_groups[0]["module"])
+            group = self.optimizer.param_groups[0]
+            factor = logs["learning_rate"] / group.get("initial_lr", getattr(self.rates, group["module"]))
             modules = sorted({group["module"] for group in self.optimizer.param_groups})
             logs = {**logs, **{f"learning_rate_{name}": factor * getattr(self.rates, name) for name in modules}}
         super().log(logs, *args, **kwargs)

@@ -25,7 +25,7 @@ from ..processing.processing_videollama3 import VideoLlama3Processor
 from .adapters import add_adapter, four_bit_config, merge_adapter
 from .length_index import Progress, sample_lengths
 from .packing import TOKENS, Lengths, PackedBatchSampler
-from .recipe import Recipe, training_arguments
+from .recipe import MUON, Recipe, training_arguments
 from .trainer import ModuleRates, RowLimits, VideoLlama3Trainer
 
 RECORD_NAME = "training_record.json"
@@ -68,6 +68,7 @@ def run_recipe(
         eval_dataset=held_out,
         rates=ModuleRates(**dataclasses.asdict(recipe.rates)),
         limits=row_limits(recipe),
+        use_muon=recipe.schedule.optimizer == MUON,
         window=recipe.batch.window,
         buffer_size=recipe.batch.buffer_size,
         length_folder=_length_folder(recipe),

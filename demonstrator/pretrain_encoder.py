@@ -1,0 +1,208 @@
+"""The demonstrator's vision encoder learns to see, before there are words: what stands at each visual token.
+
+Pictures that `make_data.py` drew and the checkpoint of `build_model.py` enter; the same checkpoint with a trained vision
+encoder leaves. It stands for SigLIP's own training, from which the paper's encoder starts: the recipes then do what the
+paper's stages do.
+
+    python -m demonstrator.pretrain_encoder DATA START FOLDER
+
+For each visual token two linear heads, thrown away afterwards, tell kind and colour of the shape that covers it, or that
+there is none. Four tokens of a picture with a red circle on the left:
+
+    kind    circle none     colour  red none
+            circle none             red none
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import videollama3  # noqa: F401  (registers the classes)
+from videollama3.training.muon import MuonWithAdamW, is_muon_parameter
+
+from .make_data import CAPTIONS, PICTURES, rng_of
+from .scenes import COLORS, KINDS, Scene, random_picture
+
+NONE = 0
+# A token belongs to the shape that covers this share of it, or of which it covers this share.
+_SHARE_OF_COVER = 0.25
+# Most tokens show the background.
+_WEIGHT_OF_NONE = 0.2
+_FOLDERS = {CAPTIONS: "captions", PICTURES: "pictures"}
+
+
+def picture_scene(part: int, number: int, *, seed: int) -> Scene:
+    """What `make_data.py` drew into a file."""
+    return random_picture(rng_of(seed, part, number), count=1 if part == CAPTIONS else None)
+
+
+def token_labels(scene: Scene, rows: int, columns: int) -> torch.Tensor:
+    """Kind and colour at each visual token.
+
+    Args:
+        scene: of a picture.
+        rows: of visual tokens.
+        columns: of visual tokens.
+
+    Returns:
+        int64 (rows * columns, 2): 0 for none, else 1 + index in `KINDS` and in `COLORS`.
+    """
+    labels = torch.zeros(rows, columns, 2, dtype=torch.int64)
+    best = torch.zeros(rows, columns)
+    height, width = scene.height / rows, scene.width / columns
+    for shape in scene.shapes:
+        x, y, half = shape.motion.x, shape.motion.y, shape.size / 2
+        for row in range(max(0, int((y - half) // height)), min(rows, math.ceil((y + half) / height))):
+            for column in range(max(0, int((x - half) // width)), min(columns, math.ceil((x + half) / width))):
+                high = min(y + half, (row + 1) * height) - max(y - half, row * height)
+                wide = min(x + half, (column + 1) * width) - max(x - half, column * width)
+                share = high * wide / min(height * width, shape.size**2)
+                if share >= _SHARE_OF_COVER and share > best[row, column]:
+                    best[row, column] = share
+                    labels[row, column, 0] = 1 + KINDS.index(shape.kind)
+                    labels[row, column, 1] = 1 + COLORS.index(shape.color)
+    return labels.flatten(0, 1)
+
+
+class LabelledPictures(torch.utils.data.Dataset[Any]):
+    """Pictures with the labels of their visual tokens: (pixels uint8 (patches, 588), grid (3,), labels (tokens, 2))."""
+
+    def __init__(self, folder: Path, processor: Any, files: Sequence[tuple[int, int]], *, seed: int) -> None:
+        """Names the pictures.
+
+        Args:
+            folder: of `make_data.py`.
+            processor: of the checkpoint; its image processor is used.
+            files: part (CAPTIONS or PICTURES) and number of each.
+            seed: that the data was made with.
+        """
+        self.folder, self.processor, self.files, self.seed = folder, processor.image_processor, files, seed
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        part, number = self.files[index]
+        path = str(self.folder / _FOLDERS[part] / f"{number:06d}.png")
+        features = self.processor([path], pixel_dtype="uint8", return_tensors="pt")
+        grid = features["image_grid_thw"][0]
+        merge = int(features["image_merge_sizes"][0])
+        rows, columns = int(grid[1]) // merge, int(grid[2]) // merge
+        labels = token_labels(picture_scene(part, number, seed=self.seed), rows, columns)
+        return features["pixel_values"], grid, labels
+
+
+def collate(samples: list[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Joins pictures into one pack."""
+    pixels, grids, labels = zip(*samples, strict=True)
+    return torch.cat(pixels), torch.stack(grids), torch.cat(labels)
+
+
+def train(
+    encoder: nn.Module, batches: Sequence[Any] | Iterator[Any], *, num_updates: int, merge: int, rate: float
+) -> nn.ModuleList:
+    """Trains an encoder; prints the loss and the share of shapes' tokens whose kind and colour are told.
+
+    Args:
+        encoder: a `VideoLlama3VisionModel`, changed in place.
+        batches: of `collate`.
+        num_updates: how many there are.
+        merge: side of the block of patches of a visual token.
+        rate: learning rate (`MuonWithAdamW`).
+
+    Returns:
+        The two heads.
+    """
+    width = encoder.config.hidden_size
+    heads = nn.ModuleList([nn.Linear(width, 1 + len(KINDS)), nn.Linear(width, 1 + len(COLORS))])
+    named = [*encoder.named_parameters(), *heads.named_parameters()]
+    groups = [
+        {
+            "params": [p for n, p in named if is_muon_parameter(n, p) == muon],
+            "lr": rate,
+            "weight_decay": 0.0,
+            "muon": muon,
+        }
+        for muon in (True, False)
+    ]
+    optimizer = MuonWithAdamW(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / num_updates))
+    )
+    weights = [torch.ones(head.out_features) for head in heads]
+    for weight in weights:
+        weight[NONE] = _WEIGHT_OF_NONE
+    encoder.train()
+    scores = []
+    started = time.process_time()
+    for number, (pixels, grids, labels) in enumerate(batches, 1):
+        hidden = encoder(
+            pixel_values=pixels, grid_thw=grids, merge_sizes=torch.full((len(grids),), merge)
+        ).last_hidden_state
+        logits = [head(hidden) for head in heads]
+        loss = sum(
+            nn.functional.cross_entropy(logits[i], labels[:, i], weight=weights[i]) for i in range(len(heads))
+        )
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        there = labels[:, 0] != NONE
+        right = [(logits[i].argmax(dim=1) == labels[:, i])[there].float().mean().item() for i in range(len(heads))]
+        scores.append((loss.item(), *right))
+        if number % 50 == 0 or number == num_updates:
+            mean, kinds, colors = np.mean(scores[-50:], axis=0)
+            print(
+                f"{number} updates, {time.process_time() - started:.0f} CPU s: loss {mean:.3f}, "
+                f"kind {kinds:.1%}, colour {colors:.1%}",
+                flush=True,
+            )
+    return heads
+
+
+def main() -> None:
+    """Trains and writes the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("start", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--pictures", type=int, default=30000, help="that are looked at, half of them of one shape")
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--rate", type=float, default=1.2e-3)
+    parser.add_argument("--seed", type=int, default=0, help="that the data was made with")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    processor = AutoProcessor.from_pretrained(options.start)
+    model = AutoModelForImageTextToText.from_pretrained(options.start, dtype=torch.float32)
+    numbers = range(options.pictures // 2)
+    files = [(part, number) for number in numbers for part in (CAPTIONS, PICTURES)]
+    pictures = LabelledPictures(options.data, processor, files, seed=options.seed)
+    loader = torch.utils.data.DataLoader(
+        pictures,
+        batch_size=options.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=1,
+        collate_fn=collate,
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+    merge = processor.image_processor.merge_size
+    train(model.model.vision_model, loader, num_updates=len(loader), merge=merge, rate=options.rate)
+    model.save_pretrained(options.folder)
+    processor.save_pretrained(options.folder)
+    print(f"wrote {options.folder}")
+
+
+if __name__ == "__main__":
+    main()
