@@ -10,12 +10,14 @@ PIP_QUIET := --quiet --disable-pip-version-check
 # Tests build tiny checkpoints: nothing is fetched from the Hub.
 TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: demo test test-oldest test-slow test-vllm check lint types package fuzz venv clean
+.PHONY: demo test test-oldest test-slow test-vllm check lint types package demonstrator fuzz venv clean
 
 demo: $(VENV)/installed  ## encode a clip and ask about it
 	$(VENV)/bin/python examples/make_clip.py demo/clip.mp4
 	$(VENV)/bin/videollama3 inspect demo/clip.mp4 -o demo/sheet.png
-	$(VENV)/bin/videollama3 ask demo/clip.mp4 "What happens in the video?" --max-new-tokens 24
+	$(VENV)/bin/videollama3 ask demo/clip.mp4 "Which way does the red circle move?"
+	$(VENV)/bin/videollama3 ask demo/clip.mp4 "How many shapes are there?"
+	$(VENV)/bin/videollama3 ask demo/clip.mp4 "When does the blue square appear?"
 
 test: $(VENV)/installed  ## the fast tests on the newest transformers
 	$(TEST) $(VENV)/bin/python -m pytest -n 2 -m "not slow"
@@ -57,6 +59,21 @@ $(VLLM)/installed: pyproject.toml
 	$(VLLM)/bin/pip uninstall $(PIP_QUIET) --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/pip install $(PIP_QUIET) --no-deps -e .
 	touch $@
+
+DEMONSTRATOR := runs/demonstrator
+# Two processes, as many as there are cores; each reads its samples in one more.
+TRAIN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/torchrun --standalone --nproc-per-node 2 -m videollama3 train
+
+demonstrator: $(VENV)/installed  ## train the checkpoint inside the package from nothing; takes less than two hours
+	$(VENV)/bin/python -m demonstrator.make_data $(DEMONSTRATOR)/data
+	$(VENV)/bin/python -m demonstrator.build_model $(DEMONSTRATOR)/start
+	$(VENV)/bin/python -m demonstrator.pretrain_encoder $(DEMONSTRATOR)/data $(DEMONSTRATOR)/start $(DEMONSTRATOR)/encoder
+	$(TRAIN) demonstrator/stage1_captions.yaml
+	$(TRAIN) demonstrator/stage2_pictures.yaml
+	$(TRAIN) demonstrator/stage3_clips.yaml
+	$(TRAIN) demonstrator/stage4_streams.yaml
+	$(VENV)/bin/python -m demonstrator.install $(DEMONSTRATOR)/stage4
+	$(VENV)/bin/python -m demonstrator.evaluate $(DEMONSTRATOR)/stage4 -o $(DEMONSTRATOR)/report.json
 
 package: $(VENV)/installed  ## wheel and sdist in dist/
 	$(VENV)/bin/python -m build

@@ -54,9 +54,9 @@ class Counts:
         heldout: pictures and clips each, for evaluation during training.
     """
 
-    captions: int = 40000
-    pictures: int = 20000
-    clips: int = 15000
+    captions: int = 14000
+    pictures: int = 14000
+    clips: int = 12000
     streams: int = 2000
     review: int = 3000
     heldout: int = 200

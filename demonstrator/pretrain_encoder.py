@@ -6,19 +6,21 @@ paper's stages do.
 
     python -m demonstrator.pretrain_encoder DATA START FOLDER
 
-For each visual token two linear heads, thrown away afterwards, tell kind and colour of the shape that covers it, or that
-there is none. Four tokens of a picture with a red circle on the left:
+For each visual token three linear heads, thrown away afterwards, tell kind and colour of the shape that covers it, or that
+there is none, and where in the picture the token stands: after pruning the language model could not count it out. Four
+tokens of a picture with a red circle on the left:
 
-    kind    circle none     colour  red none
-            circle none             red none
+    kind    circle none     colour  red none    place   (0.25, 0.25) (0.75, 0.25)
+            circle none             red none            (0.25, 0.75) (0.75, 0.75)
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,14 @@ def token_labels(scene: Scene, rows: int, columns: int) -> torch.Tensor:
     return labels.flatten(0, 1)
 
 
+def token_places(rows: int, columns: int) -> torch.Tensor:
+    """Where the centre of each visual token stands: float32 (rows * columns, 2), x and y as shares of the sides."""
+    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
+    return torch.stack([x, y], dim=-1).flatten(0, 1)
+
+
 class LabelledPictures(torch.utils.data.Dataset[Any]):
-    """Pictures with the labels of their visual tokens: (pixels uint8 (patches, 588), grid (3,), labels (tokens, 2))."""
+    """Pictures: pixels uint8 (patches, 588), grid (3,), labels and places of their visual tokens (tokens, 2) each."""
 
     def __init__(self, folder: Path, processor: Any, files: Sequence[tuple[int, int]], *, seed: int) -> None:
         """Names the pictures.
@@ -91,7 +99,7 @@ class LabelledPictures(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
         part, number = self.files[index]
         path = str(self.folder / _FOLDERS[part] / f"{number:06d}.png")
         features = self.processor([path], pixel_dtype="uint8", return_tensors="pt")
@@ -99,76 +107,114 @@ class LabelledPictures(torch.utils.data.Dataset[Any]):
         merge = int(features["image_merge_sizes"][0])
         rows, columns = int(grid[1]) // merge, int(grid[2]) // merge
         labels = token_labels(picture_scene(part, number, seed=self.seed), rows, columns)
-        return features["pixel_values"], grid, labels
+        return features["pixel_values"], grid, labels, token_places(rows, columns)
 
 
-def collate(samples: list[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def collate(samples: list[Any]) -> tuple[torch.Tensor, ...]:
     """Joins pictures into one pack."""
-    pixels, grids, labels = zip(*samples, strict=True)
-    return torch.cat(pixels), torch.stack(grids), torch.cat(labels)
+    pixels, grids, labels, places = zip(*samples, strict=True)
+    return torch.cat(pixels), torch.stack(grids), torch.cat(labels), torch.cat(places)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well an update's pictures were told.
+
+    Attributes:
+        loss: of the update.
+        kinds: share of the shapes' tokens whose kind was told.
+        colors: likewise for the colour.
+        distance: between places told and true ones, as a share of a side.
+    """
+
+    loss: float
+    kinds: float
+    colors: float
+    distance: float
 
 
 def train(
-    encoder: nn.Module, batches: Sequence[Any] | Iterator[Any], *, num_updates: int, merge: int, rate: float
-) -> nn.ModuleList:
-    """Trains an encoder; prints the loss and the share of shapes' tokens whose kind and colour are told.
+    encoder: nn.Module,
+    batches: Iterable[Any],
+    *,
+    num_updates: int,
+    merge: int,
+    rate: float,
+    report: Callable[[Score], None],
+) -> None:
+    """Trains an encoder in place.
 
     Args:
-        encoder: a `VideoLlama3VisionModel`, changed in place.
+        encoder: a `VideoLlama3VisionModel`.
         batches: of `collate`.
         num_updates: how many there are.
         merge: side of the block of patches of a visual token.
         rate: learning rate (`MuonWithAdamW`).
-
-    Returns:
-        The two heads.
+        report: called after every update.
     """
     width = encoder.config.hidden_size
-    heads = nn.ModuleList([nn.Linear(width, 1 + len(KINDS)), nn.Linear(width, 1 + len(COLORS))])
+    heads = nn.ModuleList(nn.Linear(width, size) for size in (1 + len(KINDS), 1 + len(COLORS), 2))
     named = [*encoder.named_parameters(), *heads.named_parameters()]
-    groups = [
-        {
-            "params": [p for n, p in named if is_muon_parameter(n, p) == muon],
-            "lr": rate,
-            "weight_decay": 0.0,
-            "muon": muon,
-        }
-        for muon in (True, False)
-    ]
-    optimizer = MuonWithAdamW(groups)
+    optimizer = _optimizer(named, rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / num_updates))
     )
-    weights = [torch.ones(head.out_features) for head in heads]
-    for weight in weights:
-        weight[NONE] = _WEIGHT_OF_NONE
     encoder.train()
-    scores = []
-    started = time.process_time()
-    for number, (pixels, grids, labels) in enumerate(batches, 1):
-        hidden = encoder(
-            pixel_values=pixels, grid_thw=grids, merge_sizes=torch.full((len(grids),), merge)
-        ).last_hidden_state
-        logits = [head(hidden) for head in heads]
-        loss = sum(
-            nn.functional.cross_entropy(logits[i], labels[:, i], weight=weights[i]) for i in range(len(heads))
-        )
+    for pixels, grids, labels, places in batches:
+        merges = torch.full((len(grids),), merge)
+        hidden = encoder(pixel_values=pixels, grid_thw=grids, merge_sizes=merges).last_hidden_state
+        loss, score = _loss([head(hidden) for head in heads], labels, places)
         loss.backward()
-        nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+        nn.utils.clip_grad_norm_([parameter for _, parameter in named], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        there = labels[:, 0] != NONE
-        right = [(logits[i].argmax(dim=1) == labels[:, i])[there].float().mean().item() for i in range(len(heads))]
-        scores.append((loss.item(), *right))
-        if number % 50 == 0 or number == num_updates:
-            mean, kinds, colors = np.mean(scores[-50:], axis=0)
+        report(score)
+
+
+def _optimizer(named: list[tuple[str, nn.Parameter]], rate: float) -> MuonWithAdamW:
+    return MuonWithAdamW(
+        [
+            {
+                "params": [parameter for name, parameter in named if is_muon_parameter(name, parameter) == muon],
+                "lr": rate,
+                "weight_decay": 0.0,
+                "muon": muon,
+            }
+            for muon in (True, False)
+        ]
+    )
+
+
+def _loss(told: list[torch.Tensor], labels: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, Score]:
+    *logits, told_places = told
+    distance = (told_places - places).abs().mean()
+    loss = distance
+    for i, values in enumerate(logits):
+        weight = torch.ones(values.shape[1])
+        weight[NONE] = _WEIGHT_OF_NONE
+        loss = loss + nn.functional.cross_entropy(values, labels[:, i], weight=weight)
+    there = labels[:, 0] != NONE
+    kinds, colors = ((logits[i].argmax(dim=1) == labels[:, i])[there].float().mean().item() for i in range(2))
+    return loss, Score(loss.item(), kinds, colors, distance.item())
+
+
+class _Report:
+    """Prints means over so many updates."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.scores, self.started = every, list[Score](), time.process_time()
+
+    def __call__(self, score: Score) -> None:
+        self.scores.append(score)
+        if len(self.scores) % self.every == 0:
+            last = [dataclasses.astuple(one) for one in self.scores[-self.every :]]
+            loss, kinds, colors, distance = np.mean(last, axis=0)
             print(
-                f"{number} updates, {time.process_time() - started:.0f} CPU s: loss {mean:.3f}, "
-                f"kind {kinds:.1%}, colour {colors:.1%}",
+                f"{len(self.scores)} updates, {time.process_time() - self.started:.0f} CPU s: loss {loss:.3f}, "
+                f"kind {kinds:.1%}, colour {colors:.1%}, place {distance:.3f} of a side apart",
                 flush=True,
             )
-    return heads
 
 
 def main() -> None:
@@ -177,7 +223,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("start", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pictures", type=int, default=30000, help="that are looked at, half of them of one shape")
+    parser.add_argument("--pictures", type=int, default=27000, help="that are looked at, half of them of one shape")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--rate", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0, help="that the data was made with")
@@ -198,7 +244,8 @@ def main() -> None:
         generator=torch.Generator().manual_seed(options.seed),
     )
     merge = processor.image_processor.merge_size
-    train(model.model.vision_model, loader, num_updates=len(loader), merge=merge, rate=options.rate)
+    encoder = model.model.vision_model
+    train(encoder, loader, num_updates=len(loader), merge=merge, rate=options.rate, report=_Report(every=50))
     model.save_pretrained(options.folder)
     processor.save_pretrained(options.folder)
     print(f"wrote {options.folder}")

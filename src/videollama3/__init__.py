@@ -1,5 +1,6 @@
 """VideoLLaMA3 for transformers: importing this package is all that the Auto classes need."""
 
+from .demonstrator import demonstrator_path
 from .modeling.configuration_videollama3 import VideoLlama3Config, VideoLlama3VisionConfig
 from .modeling.modeling_videollama3 import VideoLlama3ForCausalLM, VideoLlama3Model
 from .modeling.vision_encoder_videollama3 import VideoLlama3VisionModel
@@ -19,6 +20,7 @@ __all__ = [
     "VideoLlama3VideoProcessor",
     "VideoLlama3VisionConfig",
     "VideoLlama3VisionModel",
+    "demonstrator_path",
     "register",
 ]
 

@@ -11,14 +11,11 @@ import sys
 from typing import Any
 from urllib.parse import urlsplit
 
+from .demonstrator import NOTICE, demonstrator_path
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 # Greedy decoding: what a checkpoint's own generation config says about sampling would only be warned about.
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-
-_RANDOM_NOTICE = (
-    "No --model was given: a tiny model with random weights answers. Its words mean nothing; they only show that "
-    "everything works. Pass --model FOLDER_OR_REPO, for instance --model DAMO-NLP-SG/VideoLLaMA3-2B."
-)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +28,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `sampling_options` reads, and two limits on visual tokens."""
-    parser.add_argument("--fps", type=float, metavar="N", help="sampled frames per second (default 1)")
-    parser.add_argument("--max-frames", type=int, metavar="N", help="at most so many frames (default 180)")
+    parser.add_argument("--fps", type=float, metavar="N", help="sampled frames per second (default: as the checkpoint says)")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="at most so many frames (default: as the checkpoint says)")
     parser.add_argument("--start", type=float, metavar="SECONDS", help="beginning of the window")
     parser.add_argument("--end", type=float, metavar="SECONDS", help="end of the window")
     parser.add_argument("--max-visual-tokens", type=int, metavar="N", help="limit before pruning")
@@ -56,7 +53,7 @@ def is_image(media: str) -> bool:
 
 
 def load_model_and_processor(options: argparse.Namespace) -> tuple[Any, Any]:
-    """Loads the checkpoint that `--model` names, or builds the random one and says so.
+    """Loads the checkpoint that `--model` names, or the demonstrator and says so.
 
     Args:
         options: `model`, `dtype`, `device` and `attn`.
@@ -75,15 +72,11 @@ def load_model_and_processor(options: argparse.Namespace) -> tuple[Any, Any]:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if str(device).startswith("cuda") else "float32"
-    if options.model is None:
-        from .random_checkpoint import build_random
-
-        print(_RANDOM_NOTICE, file=sys.stderr)
-        model, processor = build_random()
-        if options.attn:
-            model.set_attn_implementation(options.attn)
-        return model.to(device=device, dtype=getattr(torch, dtype)), processor
+    checkpoint = options.model
+    if checkpoint is None:
+        print(NOTICE, file=sys.stderr)
+        checkpoint = demonstrator_path()
     attention = {"attn_implementation": options.attn} if options.attn else {}
-    processor = VideoLlama3Processor.from_pretrained(options.model)
-    loaded = VideoLlama3ForCausalLM.from_pretrained(options.model, dtype=dtype, **attention)
+    processor = VideoLlama3Processor.from_pretrained(checkpoint)
+    loaded = VideoLlama3ForCausalLM.from_pretrained(checkpoint, dtype=dtype, **attention)
     return loaded.to(device).eval(), processor

@@ -8,6 +8,7 @@ from demonstrator.make_tokenizer import make_tokenizer
 from demonstrator.scenes import MAX_SIDE, MIN_SIDE
 
 from videollama3 import VideoLlama3ForCausalLM, VideoLlama3Processor
+from videollama3.modeling.vision_encoder_videollama3 import apply_rotary, rotary_table
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +57,33 @@ def test_it_samples_twice_a_second_and_answers_from_its_folder(tokenizer, tmp_pa
     assert inputs["video_grid_thw"].tolist() == [[4, 8, 12]]
     output = VideoLlama3ForCausalLM.from_pretrained(tmp_path).generate(**inputs, max_new_tokens=3)
     assert output.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_four_heads_begin_by_looking_at_their_neighbours(tokenizer):
+    """Attention of the first layer over a 4 x 5 grid without content: most of it one patch to the named side."""
+    attention = build_model(tokenizer.get_vocab()).model.vision_model.encoder.layers[0].self_attn
+    rows, columns = torch.meshgrid(torch.arange(4), torch.arange(5), indexing="ij")
+    places = torch.stack([rows, columns], dim=-1).flatten(0, 1)
+    tables = rotary_table(places, head_dim=attention.head_dim, rope_theta=10000.0)
+    query, key = (
+        apply_rotary(projection.bias.view(1, -1, attention.head_dim).expand(20, -1, -1), *tables)
+        for projection in (attention.q_proj, attention.k_proj)
+    )
+    weights = (torch.einsum("qhd,khd->hqk", query, key) * attention.scaling).softmax(dim=-1)
+    middle = 1 * 5 + 2
+    for head, step in enumerate((1, -1, 5, -5)):
+        assert weights[head, middle].argmax() == middle + step
+        assert weights[head, middle, middle + step] > 0.9
+    torch.testing.assert_close(weights[4, middle], torch.full((20,), 0.05))
+
+
+def test_the_patch_embedding_begins_with_slow_waves(tokenizer):
+    embedding = build_model(tokenizer.get_vocab()).model.vision_model.embeddings.patch_embedding
+    weight = embedding.weight.detach().flatten(1)
+    products = weight @ weight.T
+    # Orthogonal rows of one length.
+    torch.testing.assert_close(products, products[0, 0] * torch.eye(160), atol=1e-5, rtol=0)
+    noise = torch.randn(588, generator=torch.Generator().manual_seed(0))
+    ramp = torch.linspace(-1, 1, 14).expand(3, 14, 14).flatten()
+    kept_noise, kept_ramp = ((weight @ patch).norm() / patch.norm() for patch in (noise, ramp))
+    assert kept_ramp > 1.5 * kept_noise

@@ -15,12 +15,12 @@ def test_rows_are_what_training_reads(tmp_path):
     written = make_data(tmp_path, counts=COUNTS, processes=1)
     assert written == {
         "captions": 3,
-        "pictures": 4,
-        "clips": 2,
+        "pictures": 2,
+        "clips": 1,
         "streams": 1,
-        "review": 4,
-        "heldout_pictures": 2,
-        "heldout_clips": 2,
+        "review": 2,
+        "heldout_pictures": 1,
+        "heldout_clips": 1,
     }
     for name, kind in (
         ("captions", "image"),

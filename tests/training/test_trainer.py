@@ -19,7 +19,9 @@ ALL = ModuleRates(encoder=2e-3, projector=2e-3, llm=2e-3)
 KINDS = [TEXT, VIDEO, IMAGE, MIXED, TEXT, TEXT, VIDEO, IMAGE]
 
 
-def _trainer(folder, *, kinds=KINDS, rates=ALL, max_length=40, eval_kinds=None, dataset=None, **changes):
+def _trainer(
+    folder, *, kinds=KINDS, rates=ALL, max_length=40, eval_kinds=None, dataset=None, use_muon=False, **changes
+):
     model, processor = tiny_model()
     return VideoLlama3Trainer(
         model,
@@ -29,6 +31,7 @@ def _trainer(folder, *, kinds=KINDS, rates=ALL, max_length=40, eval_kinds=None, 
         eval_dataset=None if eval_kinds is None else Samples(processor, eval_kinds, seed=9),
         rates=rates,
         limits=RowLimits(max_length=max_length),
+        use_muon=use_muon,
     )
 
 
@@ -168,8 +171,9 @@ def test_any_number_of_workers_gives_the_same_losses(tmp_path):
     assert losses(runs[0]) == losses(runs[1])
 
 
-def test_a_run_resumes_in_mid_epoch(tmp_path):
-    options = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 5, "warmup_steps": 0}
+@pytest.mark.parametrize("use_muon", [False, True])
+def test_a_run_resumes_in_mid_epoch(tmp_path, use_muon):
+    options = {"use_muon": use_muon, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 5, "warmup_steps": 0}
     whole = _trainer(tmp_path / "whole", **options)
     whole.train()
     updates_per_epoch = whole.state.max_steps // 3
@@ -226,6 +230,17 @@ def test_a_checkpoint_is_a_model_and_a_processor(tmp_path):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, trainer.model.get_parameter(name)), name
     assert "use_cache" not in model.config.to_diff_dict()
+
+
+def test_muon_has_sixteen_times_the_rate_and_the_log_says_the_module_s(tmp_path):
+    trainer = _trainer(tmp_path, use_muon=True, warmup_steps=0, lr_scheduler_type="constant", logging_steps=1)
+    trainer.train()
+    rates = {(group["module"], group["muon"]): group["lr"] for group in trainer.optimizer.optimizer.param_groups}
+    assert rates[("llm", True)] == pytest.approx(16 * 2e-3)
+    assert rates[("llm", False)] == pytest.approx(2e-3)
+    assert ("projector", True) not in rates
+    entry = next(entry for entry in trainer.state.log_history if "learning_rate_llm" in entry)
+    assert entry["learning_rate_llm"] == pytest.approx(2e-3)
 
 
 def test_losses_fall(tmp_path):

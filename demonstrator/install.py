@@ -1,0 +1,75 @@
+"""Copies the trained demonstrator into the package.
+
+A folder that `videollama3 train` wrote enters; `src/videollama3/demonstrator_checkpoint` leaves with the weights in
+bfloat16, the tokenizer, the settings and the card, without the copies of the code that Hub folders carry.
+
+    python -m demonstrator.install FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+TARGET = Path(__file__).parents[1] / "src" / "videollama3" / "demonstrator_checkpoint"
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "training_record.json",
+)
+MAX_BYTES = 16 * 2**20
+
+
+def install(source: Path, target: Path = TARGET) -> int:
+    """Copies the checkpoint.
+
+    Args:
+        source: folder of the last stage.
+        target: is replaced.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        ValueError: when it is larger than a package may carry.
+    """
+    card = target / "README.md"
+    kept = card.read_bytes() if card.is_file() else None
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in FILES:
+        shutil.copyfile(source / name, target / name)
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        _without_remote_code(target / name)
+    if kept is not None:
+        card.write_bytes(kept)
+    size = sum(path.stat().st_size for path in target.iterdir())
+    if size > MAX_BYTES:
+        raise ValueError(f"Expected at most {MAX_BYTES} bytes in {target}, got {size}.")
+    return size
+
+
+def _without_remote_code(path: Path) -> None:
+    """Takes the names of code files out: the package that carries the checkpoint has that code."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+        part.pop("auto_map", None)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Copies, and says how much."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    print(f"wrote {TARGET}: {install(parser.parse_args().folder) / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
