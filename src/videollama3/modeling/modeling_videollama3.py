@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.utils import can_return_tuple
 
 from .configuration_videollama3 import VideoLlama3Config
+from .document_attention import Documents, attend_by_document, attends_by_document, read_documents
 from .pretrained_videollama3 import VideoLlama3PreTrainedModel
 from .supervised_loss import supervised_loss
 from .vision_encoder_videollama3 import VideoLlama3VisionModel
@@ -107,6 +108,7 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
         self.vision_model = VideoLlama3VisionModel(config.vision_config)
         self.projector = VideoLlama3Projector(config)
         self.language_model = Qwen2Model(config.text_config)
+        attend_by_document(self.language_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -254,7 +256,7 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
         if past_key_values is None and holds_documents(position_ids, attention_mask):
             self._check_documents(inputs_embeds, use_cache)
             # transformers keeps documents apart only where there is neither a mask nor a cache.
-            attention_mask, use_cache = None, False
+            attention_mask, use_cache = self._documents(inputs_embeds, position_ids, attention_mask, **kwargs), False
         outputs = self.language_model(
             input_ids=None,
             attention_mask=attention_mask,
@@ -286,6 +288,18 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
                 f"Expected one row of documents for {implementation}, got {inputs_embeds.shape[0]} rows: pack them "
                 'into one, or choose "sdpa".'
             )
+
+    def _documents(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> dict[str, Documents] | None:
+        """What keeps documents apart without a mask of all pairs; None where transformers has to make that mask."""
+        if not attends_by_document(self.language_model, device=inputs_embeds.device, **kwargs):
+            return None
+        return {"full_attention": read_documents(position_ids, attention_mask, inputs_embeds.shape[0])}
 
     def _embed(
         self,
