@@ -144,6 +144,13 @@ class GrowingLayer(DynamicLayer):
         """Takes the last tokens back; transformers' own name, called with a number that is not positive."""
         self.keep(self.get_seq_length() - abs(tokens_to_remove))
 
+    def reset(self) -> None:
+        """Holds nothing any more."""
+        if self._buffer is not None:
+            self._buffer.release(self)
+        self.keys = self.values = self._buffer = None
+        self.is_initialized = False
+
     def fork(self) -> GrowingLayer:
         """A layer that goes on from here and shares the memory as long as it can."""
         twin = GrowingLayer(self._max_tokens)
