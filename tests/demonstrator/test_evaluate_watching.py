@@ -9,9 +9,9 @@ import pytest
 from demonstrator.build_model import build_model, build_processor
 from demonstrator.evaluate_watching import Score, Watch, evaluate, main, make_watches, score, summarize
 from demonstrator.make_tokenizer import make_tokenizer
-from videollama3.streaming import TimedMessage
 
 from demonstrator import evaluate_watching as evaluation
+from videollama3.streaming import TimedMessage
 
 APPEARS = Watch("a.mp4", "red circle", 2.0)
 NEVER = Watch("b.mp4", "blue cross", None)
