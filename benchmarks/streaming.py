@@ -6,14 +6,21 @@ Random weights at the widths of the 2B (so400m encoder, Qwen2.5 1.5B) with `--la
 ratios), float32, small pictures in which a quarter of each changes per tick. A session is shown ticks one at a time;
 when it holds 10, 60, 180 and 600 of them it is asked two questions of one token each. Offline, ours and transformers'
 own class get the same tensors of all frames so far and answer from scratch. Preparing pixels and text counts on
-neither side of a question; of a tick it does. Sides run in one process each, one after the other.
+neither side of a question; of a tick it does. Sides run in one process each, in turns, the first one another in each
+round. Costs are CPU seconds of all threads beside wall time; ratios are of CPU seconds, which other work on the
+machine disturbs least (on a GPU of wall time, where waiting for it is what counts).
+
+Where a tick's time goes is measured by hooks: pictures (resizing, patches, pruning and all that is in none of the
+following), vision encoder, projector, attention and cache of the language model, and the rest of its layers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import common
@@ -23,6 +30,8 @@ SIDES = ("session", "ours", "native")
 TICKS = (10, 60, 180, 600)
 TOY_TICKS = (2, 5)
 QUESTIONS = ("What happens in the video?", "And what is it that moved last?")
+COSTS = ("tick", "first_question", "second_question")
+PARTS = ("pictures", "encoder", "projector", "attention", "cache", "other layers")
 # Per-tick costs are medians over the last so many ticks before a mark.
 WINDOW = 10
 
@@ -48,9 +57,12 @@ def main() -> None:
         "ticks": list(TOY_TICKS) if options.toy else options.ticks,
     }
     rounds = 1 if options.toy else options.rounds
-    runs = [{side: common.run_fresh(__file__, {**setting, "side": side}) for side in SIDES} for _ in range(rounds)]
+    runs = [
+        {side: common.run_fresh(__file__, {**setting, "side": side}) for side in turned(SIDES, number)}
+        for number in range(rounds)
+    ]
     cases = {str(ticks): summary(str(ticks), runs) for ticks in setting["ticks"]}
-    show(cases)
+    show(cases, "cpu_ms" if setting["device"] == "cpu" else "wall_ms")
     record = {
         "question": (__doc__ or "").splitlines()[0],
         "command": common.command_line(__file__),
@@ -61,18 +73,30 @@ def main() -> None:
     common.write_json("streaming_toy" if options.toy else "streaming", record, folder=options.output)
 
 
+def turned(sides: Sequence[str], number: int) -> tuple[str, ...]:
+    """Another side first in each round."""
+    first = number % len(sides)
+    return (*sides[first:], *sides[:first])
+
+
 def summary(ticks: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over rounds, and ratios."""
-    names = ("tick_ms", "first_question_ms", "second_question_ms")
-    session = {name: statistics.median(run["session"][ticks][name] for run in runs) for name in names}
-    offline = {side: statistics.median(run[side][ticks]["question_ms"] for run in runs) for side in ("ours", "native")}
+    session = {name: middle([run["session"][ticks][name] for run in runs]) for name in COSTS}
+    offline = {side: middle([run[side][ticks]["question"] for run in runs]) for side in ("ours", "native")}
     logits = {side: runs[0][side][ticks]["logits"] for side in SIDES}
+    parts = [run["session"][ticks]["tick_parts_ms"] for run in runs]
+    counts = {"wall_ms": "wall", "cpu_ms": "cpu"}
     return {
         "prompt_tokens": runs[0]["session"][ticks]["prompt_tokens"],
         "kept_tokens_per_tick": runs[0]["session"][ticks]["kept_tokens_per_tick"],
+        "cache_mib": runs[0]["session"][ticks]["cache_mib"],
         "session": session,
-        "offline_question_ms": offline,
-        "offline / second question": {side: cost / session["second_question_ms"] for side, cost in offline.items()},
+        "tick_parts_ms": {name: statistics.median(part[name] for part in parts) for name in parts[0]},
+        "offline_question": offline,
+        "offline / second question": {
+            side: {name: cost[unit] / session["second_question"][unit] for unit, name in counts.items()}
+            for side, cost in offline.items()
+        },
         "largest logit difference from offline": {
             side: max(abs(a - b) for a, b in zip(logits["session"], logits[side], strict=True))
             for side in ("ours", "native")
@@ -80,16 +104,23 @@ def summary(ticks: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def show(cases: dict[str, Any]) -> None:
+def middle(costs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Medians of wall and CPU time."""
+    return {unit: statistics.median(cost[unit] for cost in costs) for unit in ("wall_ms", "cpu_ms")}
+
+
+def show(cases: dict[str, Any], unit: str) -> None:
+    ratio = {"wall_ms": "wall", "cpu_ms": "cpu"}[unit]
+    print(f"{'CPU' if ratio == 'cpu' else 'wall'} milliseconds")
     common.print_table(
         [
             "ticks",
             "prompt tokens",
-            "ms per tick",
-            "1st question ms",
-            "2nd question ms",
-            "offline ours ms",
-            "offline native ms",
+            "tick",
+            "1st question",
+            "2nd question",
+            "offline ours",
+            "offline native",
             "ours / 2nd",
             "native / 2nd",
             "logits apart",
@@ -98,11 +129,19 @@ def show(cases: dict[str, Any]) -> None:
             [
                 ticks,
                 case["prompt_tokens"],
-                *(f"{case['session'][name]:.0f}" for name in case["session"]),
-                *(f"{case['offline_question_ms'][side]:.0f}" for side in ("ours", "native")),
-                *(f"{case['offline / second question'][side]:.1f}" for side in ("ours", "native")),
+                *(f"{case['session'][name][unit]:.0f}" for name in COSTS),
+                *(f"{case['offline_question'][side][unit]:.0f}" for side in ("ours", "native")),
+                *(f"{case['offline / second question'][side][ratio]:.1f}" for side in ("ours", "native")),
                 f"{max(case['largest logit difference from offline'].values()):.1e}",
             ]
+            for ticks, case in cases.items()
+        ],
+    )
+    print("\nof a tick, by part")
+    common.print_table(
+        ["ticks", "cache MiB", *PARTS],
+        [
+            [ticks, f"{case['cache_mib']:.1f}", *(f"{case['tick_parts_ms'][name]:.1f}" for name in PARTS)]
             for ticks, case in cases.items()
         ],
     )
@@ -167,6 +206,89 @@ def pictures(spec: dict[str, Any]) -> Any:
         yield picture
 
 
+class Clock:
+    """Wall and CPU time of what is done, on a GPU when it is done.
+
+    Args:
+        device: a torch device.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def now(self) -> tuple[float, float]:
+        """Wall and CPU time in milliseconds."""
+        import torch
+
+        if self._device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() * 1000, time.process_time() * 1000
+
+    def cost(self, call: Callable[[], Any]) -> dict[str, float]:
+        """Of a call."""
+        begun = self.now()
+        call()
+        wall, cpu = (after - before for before, after in zip(begun, self.now(), strict=True))
+        return {"wall_ms": wall, "cpu_ms": cpu}
+
+
+class TickParts:
+    """Time in the parts of a model while a session is shown ticks: CPU time on a CPU, wall time on a GPU.
+
+    Args:
+        model: ours.
+        clock: of its device.
+        is_cpu: whether CPU time is taken.
+    """
+
+    def __init__(self, model: Any, clock: Clock, *, is_cpu: bool) -> None:
+        self._clock, self._unit = clock, int(is_cpu)
+        self._model = model
+        self.totals = dict.fromkeys(("encoder", "projector", "attention", "cache", "language model"), 0.0)
+
+    def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begun = self._clock.now()[self._unit]
+            result = call(*args, **kwargs)
+            self.totals[name] += self._clock.now()[self._unit] - begun
+            return result
+
+        return timed
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """Within, the parts are timed."""
+        from unittest import mock
+
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        from videollama3.streaming.grouped_attention import GROUPED_SDPA, grouped_sdpa_attention
+        from videollama3.streaming.growing_cache import GrowingLayer
+
+        parts = self._model.model
+        wrapped = {
+            "encoder": parts.vision_model,
+            "projector": parts.projector,
+            "language model": parts.language_model,
+        }
+        with contextlib.ExitStack() as stack:
+            for name, module in wrapped.items():
+                stack.enter_context(mock.patch.object(module, "forward", self._timed(name, module.forward)))
+            update = self._timed("cache", GrowingLayer.update)
+            stack.enter_context(mock.patch.object(GrowingLayer, "update", update))
+            ALL_ATTENTION_FUNCTIONS.register(GROUPED_SDPA, self._timed("attention", grouped_sdpa_attention))
+            stack.callback(ALL_ATTENTION_FUNCTIONS.register, GROUPED_SDPA, grouped_sdpa_attention)
+            yield
+
+    def taken(self, tick: dict[str, float]) -> dict[str, float]:
+        """Milliseconds of each part of one tick, which are then counted anew."""
+        totals, self.totals = self.totals, dict.fromkeys(self.totals, 0.0)
+        whole = tick["cpu_ms" if self._unit else "wall_ms"]
+        language = totals.pop("language model")
+        outside = whole - language - totals["encoder"] - totals["projector"]
+        return {**totals, "pictures": outside, "other layers": language - totals["attention"] - totals["cache"]}
+
+
 def run_session(model: Any, processor: Any, spec: dict[str, Any]) -> dict[str, Any]:
     from videollama3.streaming import StreamingSession
 
@@ -174,32 +296,40 @@ def run_session(model: Any, processor: Any, spec: dict[str, Any]) -> dict[str, A
     with session.fork() as warm:
         warm.show([next(pictures(spec))], [0.0])
         list(warm.ask("?", max_new_tokens=1))
-    ticks_ms: list[float] = []
+    clock = Clock(spec["device"])
+    parts = TickParts(model, clock, is_cpu=spec["device"] == "cpu")
+    ticks: list[dict[str, float]] = []
+    parts_ms: list[dict[str, float]] = []
     result = {}
     for number, picture in enumerate(pictures(spec)):
-        begun = time.perf_counter()
-        session.show([picture], [float(number)])
-        ticks_ms.append((time.perf_counter() - begun) * 1000)
+        with parts.measured():
+            ticks.append(clock.cost(lambda: session.show([picture], [float(number)])))  # noqa: B023 - called at once
+        parts_ms.append(parts.taken(ticks[-1]))
         if number + 1 in spec["ticks"]:
-            result[str(number + 1)] = ask_both(session, ticks_ms)
+            last = parts_ms[-WINDOW:]
+            result[str(number + 1)] = {
+                "tick": middle(ticks[-WINDOW:]),
+                "tick_parts_ms": {name: statistics.median(part[name] for part in last) for name in PARTS},
+                **ask_both(session, clock),
+            }
     return result
 
 
-def ask_both(session: Any, ticks_ms: list[float]) -> dict[str, Any]:
+def ask_both(session: Any, clock: Clock) -> dict[str, Any]:
     """Both questions in a fork, so that the stream goes on without them."""
     state = session.state()
-    costs, outputs = [], []
+    outputs: list[list[float]] = []
     with session.fork() as fork:
-        for question in QUESTIONS:
-            begun = time.perf_counter()
-            list(fork.ask(question, max_new_tokens=1, logits_processor=[Keep(outputs)]))
-            costs.append((time.perf_counter() - begun) * 1000)
+        first, second = (
+            clock.cost(lambda: list(fork.ask(question, max_new_tokens=1, logits_processor=[Keep(outputs)])))  # noqa: B023
+            for question in QUESTIONS
+        )
     return {
-        "tick_ms": statistics.median(ticks_ms[-WINDOW:]),
-        "first_question_ms": costs[0],
-        "second_question_ms": costs[1],
+        "first_question": first,
+        "second_question": second,
         "prompt_tokens": state.num_tokens,
         "kept_tokens_per_tick": state.num_kept_tokens / state.num_frames,
+        "cache_mib": state.cache_bytes / 2**20,
         "logits": outputs[0],
     }
 
@@ -221,12 +351,13 @@ def run_offline(model: Any, processor: Any, spec: dict[str, Any]) -> dict[str, A
 
     frames = list(pictures(spec))
     ask_offline(model, offline_inputs(processor, np.stack(frames[:2]), spec["device"]))
+    clock = Clock(spec["device"])
     result = {}
     for ticks in spec["ticks"]:
         inputs = offline_inputs(processor, np.stack(frames[:ticks]), spec["device"])
-        begun = time.perf_counter()
-        logits = ask_offline(model, inputs)
-        result[str(ticks)] = {"question_ms": (time.perf_counter() - begun) * 1000, "logits": logits}
+        outputs: list[list[float]] = []
+        cost = clock.cost(lambda: outputs.append(ask_offline(model, inputs)))  # noqa: B023 - called at once
+        result[str(ticks)] = {"question": cost, "logits": outputs[0]}
     return result
 
 

@@ -24,11 +24,11 @@ def resident_mib():
 def sizes(session):
     """Lengths of everything in a session that could grow."""
     return (
-        len(session._events),
-        len(session._frames),
-        len(session._frame_costs),
-        len(session._writer.chunks),
-        sum(len(chunk.ids) for chunk in session._writer.chunks),
+        len(session._transcript.events),
+        len(session._transcript.frames),
+        len(session._transcript.frame_costs),
+        len(session._transcript.writer.chunks),
+        sum(len(chunk.ids) for chunk in session._transcript.writer.chunks),
     )
 
 
@@ -110,7 +110,7 @@ def test_rebuilt_tokens_are_those_that_were_read_before(checkpoint):
                 entered += after.num_tokens - before.num_tokens
             else:
                 # Of the frame that made the session forget, its own tokens are new.
-                entered += session._frame_costs[number]
+                entered += session._transcript.frame_costs[number]
     finally:
         del model.model.language_model.forward
     state = session.state()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.streaming.clips import scene
 from videollama3.random_checkpoint import build_random
 from videollama3.streaming import StreamingSession
-from videollama3.streaming import session as session_module
+from videollama3.streaming.records import Event
 
 RATE = 4
 # Seen: 7e-7. Chunks of a prompt sum in another order than the whole; logits are about 0.5. A frame that is missing,
@@ -48,10 +48,8 @@ def offline_inputs(processor, frames, question, **options):
 def answer_logits(session, text, **options):
     """Logits of the first answer token, by asking in a fork."""
     with session.fork() as twin:
-        writer = twin._writer.copy()
-        writer.question(text)
-        twin._prefill(writer)
-        return twin.model.lm_head(twin._last_hidden)
+        twin._cache.read(twin._transcript.with_event(Event("question", text)), twin._transcript.frames)
+        return twin.model.lm_head(twin._cache.last_hidden)
 
 
 def test_logits_and_answer_equal_the_offline_call(checkpoint):
@@ -113,7 +111,7 @@ def test_remembered_turns_equal_one_prompt_of_the_same_tokens(checkpoint):
         f"{{answer}}<|im_end|>\n<|im_start|>user\n{','.join(shown[4:])}\nTwo?<|im_end|>\n<|im_start|>assistant\n"
     )
     before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("{answer}"))
-    said = next(list(event.ids) for event in session._events if event.kind == "answer")
+    said = next(list(event.ids) for event in session._transcript.events if event.kind == "answer")
     assert tokenizer.decode(said, skip_special_tokens=True) == first
     ids = torch.tensor([before + said + after])
     with torch.no_grad():
@@ -206,7 +204,7 @@ def test_forgetting_equals_replaying_what_remains(checkpoint, policy):
     assert "Keep this?" in [message["content"] for message in session.messages]
     # A new session is handed the tokens that remain, with their original masks.
     replay = session.fork()
-    replay._cache = type(session._cache)(config=model.config.text_config)
+    replay._cache.clear()
     logits = answer_logits(session, "What?")
     torch.testing.assert_close(logits, answer_logits(replay, "What?"), atol=TOLERANCE, rtol=0)
     seconds = [t for message in session.messages for t in message.get("timestamps_seconds", [])]
@@ -291,10 +289,10 @@ def test_an_answer_has_a_limit_that_the_cache_has_room_for(checkpoint, generatio
     model, processor = checkpoint
     session = StreamingSession(model, processor, max_cache_tokens=300)
     feed(session, scene(2 * RATE + 1))
-    prompt = session._num_tokens + session._cost(session_module.Event("question", "What?"))
+    prompt = session._transcript.num_tokens + session._transcript.cost(Event("question", "What?"))
     # Nothing ends it before.
     list(session.ask("What?", eos_token_id=-1, suppress_tokens=[model.generation_config.eos_token_id], **generation))
-    assert len(session._events[-1].ids) == (220 - prompt if length is None else length)
+    assert len(session._transcript.events[-1].ids) == (220 - prompt if length is None else length)
     assert session.state().num_tokens <= 300
 
 

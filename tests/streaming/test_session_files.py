@@ -62,14 +62,14 @@ def test_a_fresh_process_gives_the_same_answer(checkpoint, frames, tmp_path):
         "session = StreamingSession.load(*build_random(max_tokens=256), sys.argv[1])\n"
         "ids = []\n"
         "list(session.ask('Two?', max_new_tokens=8))\n"
-        "print(list(session._events[-1].ids))"
+        "print(list(session._transcript.events[-1].ids))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr
     list(session.ask("Two?", max_new_tokens=8))
-    assert json.loads(done.stdout) == list(session._events[-1].ids)
+    assert json.loads(done.stdout) == list(session._transcript.events[-1].ids)
 
 
 def test_an_empty_session_can_be_saved(checkpoint, tmp_path):

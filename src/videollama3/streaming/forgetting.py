@@ -1,7 +1,7 @@
 """Which frames a full session forgets.
 
-The tokens of the frames held enter, the numbers of those that stay leave; writing the prompt anew is left to
-`session.py`.
+A transcript that has become too long enters, one with fewer frames leaves; reading its prompt again is left to
+`prompt_cache.py`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,42 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from .transcript import Transcript
+
 ForgettingPolicy = Literal["oldest", "thin", "never"]
 FORGETTING_POLICIES: tuple[ForgettingPolicy, ...] = ("oldest", "thin", "never")
+# This share of the cache stays filled, so that the next rebuild comes only after the rest has grown again: every new
+# token then costs at most 0.75 / 0.25 = 3 tokens of reading again.
+_SHARE_AFTER_FORGETTING = 0.75
+
+
+def with_room(transcript: Transcript, num_tokens: int, *, max_tokens: int, policy: ForgettingPolicy) -> Transcript:
+    """Forgets frames where the prompt, with `num_tokens` more, would be longer than allowed.
+
+    Args:
+        transcript: stays as it is.
+        num_tokens: that are about to come.
+        max_tokens: of the prompt.
+        policy: which frames go.
+
+    Returns:
+        A transcript with room; the same one where it has.
+
+    Raises:
+        ValueError: when there are not enough frames to forget.
+    """
+    while transcript.num_tokens + num_tokens > max_tokens:
+        total = transcript.num_tokens + num_tokens
+        kept = frames_to_keep(
+            transcript.frame_costs, excess=total - int(max_tokens * _SHARE_AFTER_FORGETTING), policy=policy
+        )
+        if len(kept) == len(transcript.frames):
+            raise ValueError(
+                f"Expected at most max_cache_tokens={max_tokens} tokens, got {total} with {len(kept)} frames left and "
+                f"forget={policy!r}: raise it, ask for shorter answers, or remember less."
+            )
+        transcript = transcript.with_frames(kept)
+    return transcript
 
 
 def frames_to_keep(frame_tokens: Mapping[int, int], *, excess: int, policy: ForgettingPolicy) -> list[int]:

@@ -1,7 +1,7 @@
 """A session on disk: one JSON file, one safetensors file, nothing that could run code.
 
 A record and tensors enter and leave, with a fingerprint of the model they belong to. What they mean is left to
-`session.py`.
+`saved_session.py`.
 
     folder/session.json            names the tensor file; replaced last, in one step
     folder/session-1f0c....safetensors
