@@ -90,7 +90,7 @@ def build_application(
     }
     application = build_server(**_arguments_of_build_server(parts))
     application.add_exception_handler(HTTPException, _error_for_openai)
-    return application
+    return _ends_quietly(application)
 
 
 def _check_overridden() -> None:
@@ -337,9 +337,36 @@ def _answered_as_bad_request() -> Iterator[None]:
 
 
 async def _error_for_openai(_: Any, error: Any) -> JSONResponse:
+    return _error_response(error.status_code, error.detail)
+
+
+def _error_response(status: int, message: str) -> JSONResponse:
     """An error where OpenAI's clients look for its text; they show no other."""
-    content = {"error": {"message": error.detail, "type": "invalid_request_error", "code": error.status_code}}
-    return JSONResponse(content, status_code=error.status_code)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
+
+
+def _ends_quietly(application: Any) -> Any:
+    """The application; an answer that is broken off since the server ends is no failure of it.
+
+    Uvicorn cancels what is still under way then, and would log each as an error with its traceback.
+    """
+
+    async def ending(scope: Any, receive: Any, send: Any) -> None:
+        started = False
+
+        async def noting(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await application(scope, receive, noting)
+        except asyncio.CancelledError:
+            if not started:
+                await _error_response(503, "The server ends.")(scope, receive, send)
+
+    return ending
 
 
 class _RefusedRoute:
