@@ -5,7 +5,7 @@ OLDEST ?= .venv-oldest
 VLLM ?= .venv-vllm
 # The oldest supported release; the newest is what pip finds.
 OLDEST_TRANSFORMERS := 5.16.1
-DEV := accelerate datasets peft pyyaml tensorboard pytest pytest-timeout pytest-xdist hypothesis ruff mypy build
+DEV := accelerate datasets fastapi openai peft pyyaml tensorboard uvicorn pytest pytest-timeout pytest-xdist hypothesis ruff mypy build
 PIP_QUIET := --quiet --disable-pip-version-check
 # Tests build tiny checkpoints: nothing is fetched from the Hub.
 TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
@@ -22,8 +22,9 @@ demo: $(VENV)/installed  ## encode a clip and ask about it
 test: $(VENV)/installed  ## the fast tests on the newest transformers
 	$(TEST) $(VENV)/bin/python -m pytest -n 2 -m "not slow"
 
-test-oldest: $(OLDEST)/installed  ## the fast tests on the oldest supported transformers
+test-oldest: $(OLDEST)/installed  ## the fast tests on the oldest supported transformers, and its server
 	$(TEST) $(OLDEST)/bin/python -m pytest -n 2 -m "not slow"
+	$(TEST) $(OLDEST)/bin/python -m pytest -m slow tests/serving
 
 test-slow: $(VENV)/installed  ## the slow tests, once
 	$(TEST) $(VENV)/bin/python -m pytest -n 2 -m slow

@@ -21,6 +21,7 @@ from .loading import (
     load_model_and_processor,
     sampling_options,
 )
+from .serving import serve_command
 from .streaming import chat_command, watch_command
 from .terminal import positive_int, progress_bar, quiet_progress_bars
 from .training import data_command, train_command
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         train_command,
         chat_command,
         watch_command,
+        serve_command,
     ):
         module.add_parser(commands)
     for command in commands.choices.values():

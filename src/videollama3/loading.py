@@ -21,6 +21,11 @@ GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `load_model_and_processor` reads."""
     parser.add_argument("--model", metavar="FOLDER_OR_REPO", help="checkpoint in any of the three layouts")
+    add_placement_arguments(parser)
+
+
+def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how the model is held: number format, device, attention."""
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--attn", metavar="NAME", help="attention implementation, for instance sdpa or eager")
