@@ -1,11 +1,14 @@
 """transformers' own tensor parallelism and FSDP2, two real processes on the CPU (gloo), against one process."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import DistributedConfig
 
 from tests.modeling.tiny import tiny_config
+from tests.snippets import fenced_blocks
 from videollama3 import VideoLlama3ForCausalLM, VideoLlama3VisionModel
 
 from .launch import start
@@ -76,6 +79,26 @@ class TestTensorParallel:
             atol = 1e-4 * max(float(gradient.abs().max()) for gradient in expected["gradients"].values())
             for key, gradient in expected["gradients"].items():
                 torch.testing.assert_close(rank["gradients"][key], gradient, atol=atol, rtol=0, msg=key)
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page(jobs, one, tmp_path):
+    """docs/scale.md, on the checkpoint and the clip of the other tests."""
+    ((_, code), *_) = fenced_blocks((Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8"))
+    job = jobs["tp"]
+    code = code.replace('"DIR"', repr(job["checkpoint"])).replace("clip.mp4", f"{job['clips']}/0.mp4")
+    code = code.replace("What happens in the video?", "What moves?").replace("max_new_tokens=128", "max_new_tokens=12")
+    keep = """
+import json, sys
+if int(os.environ["RANK"]) == 0:
+    with open(sys.argv[1]) as file:
+        torch.save(output[0, inputs["input_ids"].shape[1] :].tolist(), json.load(file)["result"])
+os._exit(0)
+"""
+    script = tmp_path / "answer.py"
+    script.write_text("import os\n" + code + keep, encoding="utf-8")
+    tokens = torch.load(start(script, tmp_path, {}, processes=2, timeout=240))
+    assert tokens == one["tp"][0]["tokens"]
 
 
 @pytest.mark.slow
