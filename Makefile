@@ -10,7 +10,7 @@ PIP_QUIET := --quiet --disable-pip-version-check
 # Tests build tiny checkpoints: nothing is fetched from the Hub.
 TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: demo test test-oldest test-slow test-vllm check lint types package demonstrator fuzz venv clean
+.PHONY: demo test test-oldest test-slow test-quantized test-vllm check lint types package demonstrator fuzz venv clean
 
 demo: $(VENV)/installed  ## encode a clip and ask about it
 	$(VENV)/bin/python examples/make_clip.py demo/clip.mp4
@@ -29,6 +29,9 @@ test-oldest: $(OLDEST)/installed  ## the fast tests on the oldest supported tran
 test-slow: $(VENV)/installed  ## the slow tests, once
 	$(TEST) $(VENV)/bin/python -m pytest -n 2 -m slow
 
+test-quantized: $(VENV)/torchao/installed  ## int8 weights through torchao
+	PYTHONPATH=$(VENV)/torchao $(TEST) $(VENV)/bin/python -m pytest tests/modeling/test_quantized.py tests/benchmarks/test_quantized_runs.py
+
 test-vllm: $(VLLM)/installed  ## vLLM on the CPU against transformers; takes about ten minutes
 	$(TEST) $(VLLM)/bin/python -m pytest tests/vllm
 
@@ -39,7 +42,7 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(VENV)/bin/mypy --strict src
 
-check: lint types test test-oldest test-slow  ## all that CI runs
+check: lint types test test-oldest test-slow test-quantized  ## all that CI runs
 
 venv: $(VENV)/installed
 
@@ -51,6 +54,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(OLDEST)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install $(PIP_QUIET) -c constraints.txt -e . transformers==$(OLDEST_TRANSFORMERS) $(DEV)
+	touch $@
+
+# Apart from the rest: where torchao is found, transformers imports it in every process.
+$(VENV)/torchao/installed: $(VENV)/installed
+	$(VENV)/bin/pip install $(PIP_QUIET) --no-deps --upgrade --target $(VENV)/torchao torchao==0.18.0
 	touch $@
 
 # A build of vLLM for CPUs; what it brings along for video and sound does not import there, and is not needed.

@@ -35,6 +35,7 @@ _DISTRIBUTIONS = (
     "numpy",
     "torchvision",
     "torchcodec",
+    "torchao",
 )
 _MIB = 2**20
 _RATIO_FORMS = {"median": "{:.2f}", "min": "({:.2f})"}

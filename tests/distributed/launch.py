@@ -14,17 +14,23 @@ def train(folder, runs, *, processes, timeout):
 
     Processes start slowly, so that many runs share them.
     """
-    settings, result = folder / "settings.json", folder / "result.json"
-    settings.write_text(json.dumps({"runs": runs, "result": str(result)}))
+    result = start("worker.py", folder, {"runs": runs}, processes=processes, timeout=timeout)
+    return json.loads(result.read_text())
+
+
+def start(script, folder, work, *, processes, timeout):
+    """Runs a script of this folder in so many processes; returns the file that process 0 wrote."""
+    settings, result = folder / "settings.json", folder / "result"
+    settings.write_text(json.dumps({**work, "result": str(result)}))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))},
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
     }
     process = subprocess.Popen(
-        [sys.executable, *launcher, str(Path(__file__).parent / "worker.py"), str(settings)],
+        [sys.executable, *launcher, str(Path(__file__).parent / script), str(settings)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -38,4 +44,4 @@ def train(folder, runs, *, processes, timeout):
         output, _ = process.communicate(timeout=60)
         raise AssertionError(f"no end after {timeout} s: {output.decode()[-3000:]}") from None
     assert process.returncode == 0, output.decode()[-5000:]
-    return json.loads(result.read_text())
+    return result

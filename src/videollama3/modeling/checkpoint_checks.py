@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import cached_file
 
 from .checkpoint_files import (
@@ -223,11 +224,10 @@ def check_finite(model: nn.Module, where: str) -> None:
     """
     sums: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
     for name, weight in model.state_dict().items():
-        # Of a weight that is spread over processes, each looks at its own part.
-        tensor = weight.to_local() if hasattr(weight, "to_local") else weight
-        # The narrow floats of quantised weights know no sum.
-        if tensor.is_floating_point() and tensor.itemsize >= 2 and tensor.device.type != "meta":
-            sums.setdefault(tensor.device, []).append((name, tensor))
+        for tensor in _plain_parts(weight):
+            # The narrow floats of quantised weights know no sum.
+            if tensor.is_floating_point() and tensor.itemsize >= 2 and tensor.device.type != "meta":
+                sums.setdefault(tensor.device, []).append((name, tensor))
     suspects = []
     for tensors in sums.values():
         # A sum is the fastest pass that keeps NaN (0.1 s per GB); one transfer per device tells all.
@@ -239,3 +239,16 @@ def check_finite(model: nn.Module, where: str) -> None:
             f"Expected weights that are numbers in {where!r}, got NaN in {len(broken)}: {shorten(broken, most=5)}. "
             "The checkpoint is damaged or its training diverged."
         )
+
+
+def _plain_parts(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a weight is made of on this process.
+
+    Of one spread over processes that is a part of it, of one quantised by torchao integers and scales; a scale is
+    NaN where a weight was.
+    """
+    tensor = weight.to_local() if hasattr(weight, "to_local") else weight
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _plain_parts(getattr(tensor, name))]

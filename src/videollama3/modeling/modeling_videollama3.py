@@ -378,6 +378,7 @@ class VideoLlama3ForCausalLM(VideoLlama3PreTrainedModel, GenerationMixin):
         "AutoModelForImageTextToText": "VideoLlama3ForCausalLM",
     }
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: VideoLlama3Config) -> None:
         super().__init__(config)

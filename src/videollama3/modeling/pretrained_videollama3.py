@@ -62,6 +62,19 @@ class VideoLlama3PreTrainedModel(PreTrainedModel):
         model._settle_head()
         return loaded
 
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *mesh: Any) -> Any:
+        """Spreads an empty model over processes; the arguments are transformers' own.
+
+        Raises:
+            ValueError: when the heads of some part cannot be dealt out to that many processes.
+        """
+        size = 1 if distributed_config is None else distributed_config.tp_size or 1
+        # Whoever gives rules of their own says with them what is dealt out.
+        if not isinstance(getattr(distributed_config, "tp_plan", None), dict):
+            _check_heads(model.config, size)
+        return super().maybe_distribute_model(model, distributed_config, *mesh)
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves weights, configuration and this code; the arguments are transformers' own."""
         if self._auto_class is not None:
@@ -85,3 +98,15 @@ class VideoLlama3PreTrainedModel(PreTrainedModel):
             )
             self.config.tie_word_embeddings = self.config.text_config.tie_word_embeddings = False
         logger.info("lm_head uses a weight of its own.")
+
+
+def _check_heads(config: Any, tp_size: int) -> None:
+    parts = {"vision encoder": getattr(config, "vision_config", config), "language model": config.get_text_config()}
+    for part, sub_config in parts.items():
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            heads = getattr(sub_config, name, tp_size)
+            if heads % tp_size:
+                raise ValueError(
+                    f"Expected a tp_size that divides the {part}'s `{name}` ({heads}), got {tp_size}: every process "
+                    "holds whole heads. Choose fewer processes, or shard with fsdp_size."
+                )

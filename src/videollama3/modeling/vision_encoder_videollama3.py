@@ -75,6 +75,15 @@ class Attention(NamedTuple):
     function: Callable[..., Any]
 
 
+def gathers_weights(layer: nn.Module) -> bool:
+    """Whether a layer fetches its weights from other processes at every call (FSDP, also of the first kind).
+
+    Such processes call their layers equally often, or they wait for each other for ever.
+    """
+    # By name: `fully_shard` makes a class FSDP<name of the layer's class>.
+    return type(layer).__name__.startswith(("FSDP", "FullyShardedDataParallel"))
+
+
 def activation_bytes_per_patch(config: VideoLlama3VisionConfig, dtype: torch.dtype) -> int:
     """Bytes that one patch occupies inside a layer, at the highest point, without gradients.
 
@@ -359,9 +368,7 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         repeated = None
         if self.config.reuse_identical_frames:
             pixel_values, grids, repeated = distinct_frames(pixel_values, grids)
-        dtype = self.embeddings.patch_embedding.weight.dtype
-        max_patches = MAX_ACTIVATION_BYTES_PER_CHUNK // activation_bytes_per_patch(self.config, dtype)
-        chunks = chunk_grids(grids, max_patches)
+        chunks = [grids] if gathers_weights(self.encoder.layers[0]) else chunk_grids(grids, self._max_patches())
         sizes = [sum(grid.num_patches for grid in chunk) for chunk in chunks]
         parts = [self._encode(part, chunk) for part, chunk in zip(pixel_values.split(sizes), chunks, strict=True)]
         tokens = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -387,6 +394,10 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         if isinstance(attn_implementation, str) and attn_implementation == self.config._attn_implementation:
             self.config._attn_implementation_internal = str(attn_implementation)
+
+    def _max_patches(self) -> int:
+        dtype = self.embeddings.patch_embedding.weight.dtype
+        return MAX_ACTIVATION_BYTES_PER_CHUNK // activation_bytes_per_patch(self.config, dtype)
 
     def _attention(self, hidden_TC: torch.Tensor) -> Attention:
         """What was asked for; where nothing was, torch's varlen kernel if it runs here."""
