@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .bulk import batch_command
 from .conversion import card_command, convert_command, init_command
 from .loading import (
     GREEDY,
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         train_command,
         chat_command,
         watch_command,
+        batch_command,
     ):
         module.add_parser(commands)
     for command in commands.choices.values():
