@@ -11,6 +11,7 @@ import pytest
 
 from tests.media import numbered_picture, write_clip
 from videollama3.bulk.ray_run import _plan_actors
+from videollama3.cli import main
 
 NUM_CLIPS = 20
 
@@ -54,15 +55,13 @@ def clips(tmp_path_factory):
     return folder
 
 
-def command(clips, output, *more):
-    arguments = ["--prompt", "What?", "--max-new-tokens", "24", "--max-batch-rows", "4", *more]
-    return [sys.executable, "-m", "videollama3", "batch", str(clips), "-o", str(output), *arguments]
+def arguments(clips, output):
+    options = ["--prompt", "What?", "--max-new-tokens", "24", "--max-batch-rows", "4"]
+    return ["batch", str(clips), "-o", str(output), *options]
 
 
-def finish(arguments):
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
+def command(clips, output):
+    return [sys.executable, "-m", "videollama3", *arguments(clips, output), "--ray", "local"]
 
 
 def results(path):
@@ -74,16 +73,17 @@ def results(path):
 @pytest.fixture(scope="module")
 def expected(clips, tmp_path_factory):
     output = tmp_path_factory.mktemp("local") / "out.jsonl"
-    finish(command(clips, output))
+    assert main(arguments(clips, output)) == 0
     return results(output)
 
 
 @needs_ray
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_results_are_those_without_ray(clips, expected, tmp_path):
     output = tmp_path / "out.jsonl"
-    done = finish(command(clips, output, "--ray", "local"))
+    done = subprocess.run(command(clips, output), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
     assert f"{NUM_CLIPS - 1} of {NUM_CLIPS} rows answered, 1 failed" in done.stdout
     assert results(output) == expected
     assert "whole video file" in expected[7][1]
@@ -92,14 +92,12 @@ def test_the_results_are_those_without_ray(clips, expected, tmp_path):
 
 @needs_ray
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_killed_run_goes_on_with_and_without_ray(clips, expected, tmp_path):
     output = tmp_path / "out.jsonl"
     for number in (1, 2):
         before = output.read_bytes().count(b"\n") if output.exists() else 0
-        process = subprocess.Popen(
-            command(clips, output, "--ray", "local"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command(clips, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not output.exists() or output.read_bytes().count(b"\n") < before + 2:
             assert process.poll() is None, f"run {number} ended before it was killed"
             time.sleep(0.001)
@@ -109,5 +107,5 @@ def test_a_killed_run_goes_on_with_and_without_ray(clips, expected, tmp_path):
     time.sleep(1)
     assert output.read_bytes() == written
     assert written.count(b"\n") < NUM_CLIPS
-    finish(command(clips, output))
+    assert main(arguments(clips, output)) == 0
     assert results(output) == expected

@@ -12,7 +12,7 @@ from tests.vllm.conftest import ENGINE
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make test-vllm"),
 ]
 
