@@ -33,8 +33,8 @@ def clips(tmp_path_factory):
     return folder
 
 
-def batch(*arguments):
-    return main(["batch", *map(str, arguments), "--model", CHECKPOINT, "--max-new-tokens", "6", "--workers", "2"])
+def batch(*arguments, workers=("--workers", "2")):
+    return main(["batch", *map(str, arguments), "--model", CHECKPOINT, "--max-new-tokens", "6", *workers])
 
 
 def results(path):
@@ -149,6 +149,7 @@ def test_where_everything_failed(tmp_path, capsys):
             "--vllm-options needs --engine vllm",
         ),
         (["FOLDER", "-o", "OUT", "--prompt", "?", "--ray-actors", "2"], 2, "--ray-actors needs --ray"),
+        (["FOLDER", "-o", "OUT", "--prompt", "?", "--ray", "local"], 2, "--workers is of no use with --ray"),
         (["nowhere", "-o", "OUT", "--prompt", "?"], 1, "a glob or a media file, got 'nowhere': nothing"),
         (
             ["FOLDER", "-o", "OUT", "--prompt", "?", "--max-visual-tokens", "0"],
@@ -175,7 +176,7 @@ def test_usage(tmp_path, capsys, arguments, status, message):
 def test_what_is_not_installed_is_named(clips, tmp_path, capsys, monkeypatch, engine):
     monkeypatch.setitem(sys.modules, engine, None)
     options = ["--ray", "local"] if engine == "ray" else ["--engine", "vllm"]
-    assert batch(clips, "-o", tmp_path / "out.jsonl", "--prompt", "?", *options) == 1
+    assert batch(clips, "-o", tmp_path / "out.jsonl", "--prompt", "?", *options, workers=()) == 1
     assert f"pip install 'videollama3[{engine}]'" in capsys.readouterr().err
 
 

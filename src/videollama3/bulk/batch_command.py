@@ -125,6 +125,8 @@ def _check_usage(options: argparse.Namespace) -> None:
         options.usage_error("--vllm-options needs --engine vllm")
     if options.ray_actors and options.ray is None:
         options.usage_error("--ray-actors needs --ray")
+    if options.workers and options.ray is not None:
+        options.usage_error("--workers is of no use with --ray, which reads on every processor that is free")
 
 
 def _defaults(options: argparse.Namespace) -> Any:

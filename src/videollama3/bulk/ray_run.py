@@ -12,6 +12,9 @@ import pickle
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from .engines import EngineSettings
 from .input_rows import BulkRow
 from .local_run import Result, answer, failure
@@ -129,9 +132,10 @@ class Answering:
         self._engine = settings.build(reader)
         self._limits = {"max_tokens": max_tokens, "max_rows": max_rows}
 
-    def __call__(self, batch: dict[str, Any]) -> Generator[dict[str, list[bytes]], None, None]:
+    def __call__(self, batch: dict[str, Any]) -> Generator[dict[str, npt.NDArray[np.object_]], None, None]:
         """Yields the results of each group as it is answered."""
         read = (pickle.loads(payload) for payload in batch[_PAYLOAD])
         for group in token_batches(read, **self._limits):
             results = [failure(group)] if isinstance(group, FailedRow) else answer(self._engine, group)
-            yield {_PAYLOAD: [pickle.dumps(result) for result in results]}
+            # As objects: arrays of bytes have one width and lose zeros at the end.
+            yield {_PAYLOAD: np.array([pickle.dumps(result) for result in results], dtype=object)}
