@@ -58,7 +58,9 @@ def run_on_ray(
         import ray
     except ImportError as error:
         raise ImportError("Expected Ray for --ray, found none: pip install 'videollama3[ray]'.") from error
-    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, ignore_reinit_error=True)
+    # A run needs no web server of its own.
+    own = {"include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **own)
     try:
         results = _pipeline(list(rows), reader, settings, num_actors, max_batch_tokens, max_batch_rows)
         for row in results.iter_rows():
