@@ -113,6 +113,9 @@ def flatness(samples: list[list[float]], rows: int) -> dict[str, Any]:
     for done, own, reading in samples:
         if 0 < done < rows:
             tenths.setdefault(int(done * 10 // rows), []).append((own, reading))
+    if not tenths:
+        # At toy size all rows are done between two samples.
+        tenths = {0: [(own, reading) for _, own, reading in samples]}
     marks = {
         name: {
             "model_process_mib": round(statistics.median(own for own, _ in tenths[tenth]), 1),

@@ -183,7 +183,7 @@ def test_what_is_not_installed_is_named(clips, tmp_path, capsys, monkeypatch, en
 # ---------------------------------------------------------------------------------------------- killed runs
 
 NUM_ROWS = 30
-NUM_KILLS = 4
+NUM_KILLS = 3
 
 
 def arguments(folder, output):
