@@ -39,7 +39,9 @@ def answered(checkpoint, media, tmp_path_factory):
     folder = tmp_path_factory.mktemp("batch")
     (folder / "broken.mp4").write_bytes(b"no video")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(media)))
-    options = {"vllm": ["--vllm-options", json.dumps({"max_model_len": 2048, "enforce_eager": True})]}
+    options = {
+        "vllm": ["--vllm-options", json.dumps({"max_model_len": 2048, "max_num_seqs": 16, "enforce_eager": True})]
+    }
     return {engine: run(folder, engine, checkpoint, options.get(engine, [])) for engine in ("transformers", "vllm")}
 
 
@@ -62,14 +64,18 @@ def test_the_results_are_those_of_transformers(answered):
             assert got[name].get(key) == line.get(key), (name, key)
     assert {name for name, line in got.items() if "error" in line} == {"broken", "absent"}
     # Else equal answers would mean nothing.
-    assert len({line["answer"] for line in got.values() if "answer" in line}) > len(cases.CASES)
+    assert len({line["answer"] for line in got.values() if "answer" in line}) >= 10
 
 
 def test_a_prompt_that_is_too_long_fails_alone(checkpoint, media, tmp_path):
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"video": str(media[name]), "id": name}) + "\n" for name in ("moving", "still"))
     )
-    options = ["--no-prune", "--vllm-options", json.dumps({"max_model_len": 400, "enforce_eager": True})]
+    options = [
+        "--no-prune",
+        "--vllm-options",
+        json.dumps({"max_model_len": 400, "max_num_seqs": 16, "enforce_eager": True}),
+    ]
     lines = run(tmp_path, "vllm", checkpoint, options)
     assert lines["moving"]["num_visual_tokens"] == 84
     assert "Expected a prompt of at most 399 tokens, got " in lines["still"]["error"]

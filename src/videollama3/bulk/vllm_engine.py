@@ -47,7 +47,7 @@ class VllmEngine:
         requests = [self._request(row) for row in fitting]
         outputs = iter(self._llm.generate(requests, self._sampling, use_tqdm=False) if requests else [])
         fits = {id(row) for row in fitting}
-        return [_answer(row, next(outputs)) if id(row) in fits else self._too_long(row) for row in rows]
+        return [self._answer(row, next(outputs)) if id(row) in fits else self._too_long(row) for row in rows]
 
     def _too_long(self, row: ReadRow) -> Refusal:
         return Refusal(
@@ -83,6 +83,16 @@ class VllmEngine:
         ).input_ids
         return ids
 
+    def _answer(self, row: ReadRow, output: Any) -> Answer | Refusal:
+        if list(output.prompt_token_ids) != row.prompt.prompt.input_ids:
+            # Never seen; an answer to another prompt is none.
+            return Refusal("vLLM expanded this prompt to other tokens than the processor: use --engine transformers.")
+        (completion,) = output.outputs
+        ids = list(completion.token_ids)
+        # Not vLLM's own text, which leaves out bytes at the end that are no whole character.
+        text: str = self._reader.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        return Answer(text, len(ids), finished=completion.finish_reason == "stop")
+
 
 def _placeholder(item: EncodedMedia, processor: Any) -> Piece:
     if item.kind == "image":
@@ -97,11 +107,3 @@ def _frames(item: EncodedMedia) -> Any:
     if item.timestamps is None:
         return frames[0]
     return frames, {"timestamps": item.timestamps.tolist(), "max_frames": len(frames)}
-
-
-def _answer(row: ReadRow, output: Any) -> Answer | Refusal:
-    if list(output.prompt_token_ids) != row.prompt.prompt.input_ids:
-        # Never seen; an answer to another prompt is none.
-        return Refusal("vLLM expanded this prompt to other tokens than the processor: use --engine transformers.")
-    (completion,) = output.outputs
-    return Answer(completion.text, len(completion.token_ids), finished=completion.finish_reason == "stop")
