@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .bulk import batch_command
 from .conversion import card_command, convert_command, init_command
 from .loading import (
     GREEDY,
@@ -86,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         chat_command,
         watch_command,
         serve_command,
+        batch_command,
     ):
         module.add_parser(commands)
     for command in commands.choices.values():

@@ -38,6 +38,14 @@ Prepare = Callable[[Pixels], Pixels]
 _FRAMES_AHEAD = 2
 _BYTES_AHEAD = 96 * 2**20
 _MAX_DECODERS = 8
+# Of this process; see `limit_decoders`.
+_decoder_limit = _MAX_DECODERS
+
+
+def limit_decoders(count: int) -> None:
+    """Lets this process decode a file with at most `count` decoders: for one of many that share a machine."""
+    global _decoder_limit
+    _decoder_limit = max(1, min(count, _MAX_DECODERS))
 
 
 class UnexpectedFrameError(RuntimeError):
@@ -230,7 +238,7 @@ def _num_decoders(source: str | BinaryIO) -> int:
     if not isinstance(source, str) or torch.utils.data.get_worker_info() is not None:
         return 1
     return min(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _MAX_DECODERS
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _decoder_limit
     )
 
 
