@@ -32,8 +32,8 @@ FRAMES_PER_SECOND = 1 / TICK_SECONDS
 MAX_FRAMES = 64
 # Near 1 / sqrt(width). Chosen after short runs in which 0.02, the value of wide models, learnt more slowly.
 INITIALIZER_RANGE = 0.06
-# How the vision encoder begins (`start_with_waves`, `start_with_neighbours`). From noise, as large models do, it tells no
-# shapes apart before some ten thousand pictures; from here it does after five thousand (docs/demonstrator.md).
+# How the vision encoder begins (`start_with_waves`, `start_with_neighbours`). From noise, as large models do, it tells
+# no shapes apart before some ten thousand pictures (docs/demonstrator.md).
 WAVE_GAIN = 2.0
 # Of the backgrounds, in normalised values.
 DARK = -0.76
@@ -92,8 +92,9 @@ def build_model(vocabulary: dict[str, int], *, seed: int = 0, **sizes: Any) -> V
 def start_with_waves(embedding: torch.nn.Conv2d) -> None:
     """Lets the patch embedding begin as the slowest waves of a patch instead of as noise.
 
-    The rows are two-dimensional cosines (the DCT of JPEG) of brightness and of two colour differences, slow ones first,
-    mixed by a random rotation; the bias makes a dark patch small, so that what differs from the background stands out.
+    The rows are two-dimensional cosines (the DCT of JPEG) of brightness and of two colour differences, slow ones
+    first, mixed by a random rotation; the bias makes a dark patch small, so that what differs from the background
+    stands out.
 
     Args:
         embedding: weight (width, 3, patch, patch); the width is at most 3 * patch**2.
@@ -119,8 +120,8 @@ def start_with_waves(embedding: torch.nn.Conv2d) -> None:
 def start_with_neighbours(attention: torch.nn.Module) -> None:
     """Lets four heads begin by looking one patch to the right, left, below and above, as a convolution does.
 
-    Rotary positions turn queries and keys; constant ones, that is biases, whose angles differ by one step attend to the
-    patch one step away, whatever is there. Only the two fastest frequencies of rows and of columns are used.
+    Rotary positions turn queries and keys; constant ones, that is biases, whose angles differ by one step attend to
+    the patch one step away, whatever is there. Only the two fastest frequencies of rows and of columns are used.
 
     Args:
         attention: a `VideoLlama3VisionAttention`.

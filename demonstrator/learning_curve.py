@@ -1,8 +1,8 @@
 """How accuracy grows during training: checkpoints of stages, each asked about a few clips it has never seen.
 
 Folders of runs with checkpoints enter; JSON and an SVG picture leave, accuracy of colour, shape and direction over
-training samples. It shows the paper's thesis in miniature: pictures first, then video, against questions on video from
-the start with a fresh encoder (`python -m demonstrator.learning_curve`, after `make demonstrator demonstrator-direct`).
+training samples. It shows the paper's thesis in miniature: pictures first, then video, against questions on video
+from the start with a fresh encoder.
 
     python -m demonstrator.learning_curve OUTPUT --run NAME FOLDER [FOLDER ...] --run NAME FOLDER
 """
@@ -80,9 +80,8 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> str:
             parts.append(f'<polyline points="{line}" fill="none" stroke="{_COLORS[kind]}" stroke-width="2"{dash}/>')
             x = left + 10 + 220 * KINDS.index(kind)
             y = height - 34 + 16 * i
-            parts.append(
-                f'<line x1="{x}" y1="{y - 4}" x2="{x + 24}" y2="{y - 4}" stroke="{_COLORS[kind]}" stroke-width="2"{dash}/>'
-            )
+            stroke = f'stroke="{_COLORS[kind]}" stroke-width="2"{dash}'
+            parts.append(f'<line x1="{x}" y1="{y - 4}" x2="{x + 24}" y2="{y - 4}" {stroke}/>')
             parts.append(f'<text x="{x + 30}" y="{y}">{kind}, {name}</text>')
     parts.append(f'<text x="{width - 20}" y="{height - 50}" text-anchor="end">{most:,} samples</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

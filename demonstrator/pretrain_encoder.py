@@ -1,14 +1,14 @@
 """The demonstrator's vision encoder learns to see, before there are words: what stands at each visual token.
 
-Pictures that `make_data.py` drew and the checkpoint of `build_model.py` enter; the same checkpoint with a trained vision
-encoder leaves. It stands for SigLIP's own training, from which the paper's encoder starts: the recipes then do what the
-paper's stages do.
+Pictures that `make_data.py` drew and the checkpoint of `build_model.py` enter; the same checkpoint with a trained
+vision encoder leaves. It stands for SigLIP's own training, from which the paper's encoder starts: the recipes then do
+what the paper's stages do.
 
     python -m demonstrator.pretrain_encoder DATA START FOLDER
 
-For each visual token three linear heads, thrown away afterwards, tell kind and colour of the shape that covers it, or that
-there is none, and where in the picture the token stands: after pruning the language model could not count it out. Four
-tokens of a picture with a red circle on the left:
+For each visual token three linear heads, thrown away afterwards, tell kind and colour of the shape that covers it, or
+that there is none, and where in the picture the token stands: after pruning the language model could not count it out.
+Four tokens of a picture with a red circle on the left:
 
     kind    circle none     colour  red none    place   (0.25, 0.25) (0.75, 0.25)
             circle none             red none            (0.25, 0.75) (0.75, 0.75)

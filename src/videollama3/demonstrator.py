@@ -1,6 +1,7 @@
 """Where the demonstrator is: a small trained checkpoint inside the package, which answers when no other is named.
 
-Nothing enters, a folder leaves; how it was made stands in `demonstrator/` of the repository and in docs/demonstrator.md.
+Nothing enters, a folder leaves; how it was made stands in `demonstrator/` of the repository and in
+docs/demonstrator.md.
 """
 
 from __future__ import annotations

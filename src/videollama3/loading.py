@@ -33,8 +33,12 @@ def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `sampling_options` reads, and two limits on visual tokens."""
-    parser.add_argument("--fps", type=float, metavar="N", help="sampled frames per second (default: as the checkpoint says)")
-    parser.add_argument("--max-frames", type=int, metavar="N", help="at most so many frames (default: as the checkpoint says)")
+    parser.add_argument(
+        "--fps", type=float, metavar="N", help="sampled frames per second (default: as the checkpoint says)"
+    )
+    parser.add_argument(
+        "--max-frames", type=int, metavar="N", help="at most so many frames (default: as the checkpoint says)"
+    )
     parser.add_argument("--start", type=float, metavar="SECONDS", help="beginning of the window")
     parser.add_argument("--end", type=float, metavar="SECONDS", help="end of the window")
     parser.add_argument("--max-visual-tokens", type=int, metavar="N", help="limit before pruning")

@@ -173,7 +173,13 @@ def test_any_number_of_workers_gives_the_same_losses(tmp_path):
 
 @pytest.mark.parametrize("use_muon", [False, True])
 def test_a_run_resumes_in_mid_epoch(tmp_path, use_muon):
-    options = {"use_muon": use_muon, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 5, "warmup_steps": 0}
+    options = {
+        "use_muon": use_muon,
+        "num_train_epochs": 3,
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "warmup_steps": 0,
+    }
     whole = _trainer(tmp_path / "whole", **options)
     whole.train()
     updates_per_epoch = whole.state.max_steps // 3
