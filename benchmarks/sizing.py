@@ -4,7 +4,7 @@
 
 Sizes of the models, of a clip and of its request are computed. What a card does per second is assumed until somebody
 has measured it: give `--encoder-us`, `--prefill-us` and `--step-ms` from a card, and the figures that rest on them
-follow. What is printed stands in `docs/sizing.md`.
+follow. What is printed stands in `docs/serving.md`.
 """
 
 from __future__ import annotations

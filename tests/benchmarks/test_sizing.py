@@ -20,7 +20,7 @@ def sizing():
 
 
 def test_the_page_shows_what_the_script_prints(sizing):
-    page = (DOCS / "sizing.md").read_text(encoding="utf-8")
+    page = (DOCS / "serving.md").read_text(encoding="utf-8")
     assert sizing.report(sizing.Inputs()) in page, "run python benchmarks/sizing.py and put what it prints there"
 
 
