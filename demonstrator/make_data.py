@@ -129,6 +129,8 @@ def make_stream(number: int, *, folder: Path, seed: int) -> list[Row]:
     name = f"streams/{number:06d}.mp4"
     write_clip(scene, folder / name, random_encoding(rng))
     said = [{"role": turn.role, "content": turn.content, "time": turn.seconds} for turn in turns]
+    if rng.random() < SHARE_WITH_SYSTEM_PROMPT:
+        said.insert(0, {"role": "system", "content": SYSTEM_PROMPT, "time": 0.0})
     return [{"stream": True, "video": [name], "start_time": 0.0, "end_time": scene.seconds, "conversation": said}]
 
 
