@@ -75,6 +75,9 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self, max_tokens: int) -> None:
         super().__init__()
+        # (batch, heads, tokens, width), once there are any; transformers sets new ones from outside as well.
+        self.keys: Any = None
+        self.values: Any = None
         self._max_tokens = max_tokens
         self._buffer: _Buffer | None = None
 
@@ -113,7 +116,7 @@ class GrowingLayer(DynamicLayer):
 
     def _is_in(self, buffer: _Buffer) -> bool:
         """Whether the tokens still lie there: transformers' reordering for beams, among others, sets new tensors."""
-        return self.keys is not None and self.keys.data_ptr() == buffer.keys.data_ptr()
+        return self.keys is not None and bool(self.keys.data_ptr() == buffer.keys.data_ptr())
 
     def _move(self, num_tokens: int, key_states: torch.Tensor, value_states: torch.Tensor) -> _Buffer:
         """Copies what is held into a buffer of its own with room for `num_tokens` and more."""
@@ -134,7 +137,7 @@ class GrowingLayer(DynamicLayer):
 
     def keep(self, num_tokens: int) -> None:
         """Takes all but the first `num_tokens` tokens back."""
-        if self.keys is None or self.values is None or num_tokens >= self.get_seq_length():
+        if self.keys is None or num_tokens >= self.get_seq_length():
             return
         self.keys, self.values = self.keys[..., :num_tokens, :], self.values[..., :num_tokens, :]
         if self._buffer is not None:
@@ -148,7 +151,7 @@ class GrowingLayer(DynamicLayer):
         """Holds nothing any more."""
         if self._buffer is not None:
             self._buffer.release(self)
-        self.keys = self.values = self._buffer = None
+        self.keys, self.values, self._buffer = None, None, None
         self.is_initialized = False
 
     def fork(self) -> GrowingLayer:
@@ -167,7 +170,7 @@ class GrowingLayer(DynamicLayer):
     @property
     def used_bytes(self) -> int:
         """Of the tokens held."""
-        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
+        return 0 if self.keys is None else int(self.keys.nbytes + self.values.nbytes)
 
 
 class GrowingCache(Cache):
