@@ -211,7 +211,8 @@ def main() -> None:
     parser.add_argument("--no-system-prompt", action="store_true")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    model = AutoModelForImageTextToText.from_pretrained(options.checkpoint, dtype="auto").eval()
+    # As `videollama3 ask` computes on a CPU.
+    model = AutoModelForImageTextToText.from_pretrained(options.checkpoint, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(options.checkpoint)
     started = time.monotonic()
     report = evaluate(

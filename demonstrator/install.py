@@ -1,9 +1,9 @@
 """Copies the trained demonstrator into the package.
 
-A folder that `videollama3 train` wrote enters; `src/videollama3/demonstrator_checkpoint` leaves with the weights in
-bfloat16, the tokenizer, the settings and the card, without the copies of the code that Hub folders carry.
+A folder that `videollama3 train` wrote and the reports of its evaluation enter; the folder of the package leaves with
+the weights in bfloat16, the tokenizer, the settings and the card, without the copies of the code that Hub folders carry.
 
-    python -m demonstrator.install FOLDER
+    python -m demonstrator.install FOLDER REPORT.json [WATCHING.json]
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+
+from .card import render_card
 
 TARGET = Path(__file__).parents[1] / "src" / "videollama3" / "demonstrator_checkpoint"
 FILES = (
@@ -27,11 +29,12 @@ FILES = (
 MAX_BYTES = 16 * 2**20
 
 
-def install(source: Path, target: Path = TARGET) -> int:
+def install(source: Path, card: str, target: Path = TARGET) -> int:
     """Copies the checkpoint.
 
     Args:
         source: folder of the last stage.
+        card: text of its README.md.
         target: is replaced.
 
     Returns:
@@ -40,16 +43,13 @@ def install(source: Path, target: Path = TARGET) -> int:
     Raises:
         ValueError: when it is larger than a package may carry.
     """
-    card = target / "README.md"
-    kept = card.read_bytes() if card.is_file() else None
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for name in FILES:
         shutil.copyfile(source / name, target / name)
     for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
         _without_remote_code(target / name)
-    if kept is not None:
-        card.write_bytes(kept)
+    (target / "README.md").write_text(card, encoding="utf-8")
     size = sum(path.stat().st_size for path in target.iterdir())
     if size > MAX_BYTES:
         raise ValueError(f"Expected at most {MAX_BYTES} bytes in {target}, got {size}.")
@@ -68,7 +68,14 @@ def main() -> None:
     """Copies, and says how much."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    print(f"wrote {TARGET}: {install(parser.parse_args().folder) / 2**20:.1f} MiB")
+    parser.add_argument("report", type=Path)
+    parser.add_argument("watching", type=Path, nargs="?")
+    options = parser.parse_args()
+    report, watching = (
+        None if path is None else json.loads(path.read_text(encoding="utf-8"))
+        for path in (options.report, options.watching)
+    )
+    print(f"wrote {TARGET}: {install(options.folder, render_card(report, watching)) / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":
