@@ -58,8 +58,8 @@ def _accuracy(report: dict[str, Any]) -> str:
         "greedy answers; every second question in other words than the plain one "
         "(`python -m demonstrator.evaluate`).",
         "",
-        f"Pruning drops {report['pruned_percent']:g} % of the clips' visual tokens. Without it {same['percent']:g} % of "
-        f"{same['questions']} answers are the same, word for word.",
+        f"Pruning drops {report['pruned_percent']:g} % of the clips' visual tokens. Without it {same['percent']:g} % "
+        f"of {same['questions']} answers are the same, word for word.",
         "",
     ]
     return "\n".join(lines)
@@ -87,9 +87,9 @@ tags:
 # Demonstrator
 
 A VideoLLaMA3 of 3.4 million parameters, to be run in seconds on any machine: it shows what the package does, and
-nothing of what the released models can do. It knows shapes ({kinds}; {colors}), up to {most} at once, that stand, move,
-appear and vanish on plain dark backgrounds, and questions about them in plain English. Whatever else it is shown or
-asked, it answers in these words.
+nothing of what the released models can do. It knows shapes ({kinds}; {colors}), up to {most} at once, that stand,
+move, appear and vanish on plain dark backgrounds, and questions about them in plain English. Whatever else it is shown
+or asked, it answers in these words.
 
 ```python
 import videollama3

@@ -1,7 +1,8 @@
 """Copies the trained demonstrator into the package.
 
 A folder that `videollama3 train` wrote and the reports of its evaluation enter; the folder of the package leaves with
-the weights in bfloat16, the tokenizer, the settings and the card, without the copies of the code that Hub folders carry.
+the weights in bfloat16, the tokenizer, the settings and the card, without the copies of the code that Hub folders
+carry.
 
     python -m demonstrator.install FOLDER REPORT.json [WATCHING.json]
 """
