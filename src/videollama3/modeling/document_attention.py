@@ -71,7 +71,7 @@ def read_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | No
     return Documents(tuple(first.diff(append=first.new_tensor([begins.numel()])).tolist()))
 
 
-def attends_by_document(language_model: nn.Module, *, device: torch.device, **kwargs: Any) -> bool:
+def attends_by_document(language_model: Any, *, device: torch.device, **kwargs: Any) -> bool:
     """Whether the layers can be given `Documents`, and it changes nothing but cost.
 
     Args:
@@ -82,7 +82,7 @@ def attends_by_document(language_model: nn.Module, *, device: torch.device, **kw
     config, layers = language_model.config, language_model.layers
     dropout = config.attention_dropout if language_model.training else 0.0
     asked = kwargs.get("output_attentions")
-    return (
+    return bool(
         config._attn_implementation == "sdpa"
         and device.type in _DEVICES
         and dropout == 0.0
@@ -99,7 +99,7 @@ def _is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 
-def attend_by_document(language_model: nn.Module) -> None:
+def attend_by_document(language_model: Any) -> None:
     """Lets every layer of a `Qwen2Model` understand `Documents`; parameters and their names stay as they are."""
     for layer in language_model.layers:
         # Not a new module: its weights would be drawn a second time.
@@ -163,10 +163,7 @@ def attend_documents(
     if groups > 1 and not shares_keys:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     attend = functools.partial(
-        nn.functional.scaled_dot_product_attention,
-        is_causal=True,
-        scale=scaling,
-        **({"enable_gqa": True} if shares_keys else {}),
+        nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=shares_keys
     )
     # Split, not sliced: the gradient of one split is one concatenation.
     parts = zip(*(_one_row(tensor).split(documents.lengths, dim=2) for tensor in (query, key, value)), strict=True)

@@ -253,13 +253,14 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             inputs_embeds = self._embed(input_ids, image_features, video_features, media_expand_size)
         elif image_features is not None or video_features is not None:
             raise ValueError("Expected input_ids together with pixel values (placeholders are found by id).")
+        mask: Any = attention_mask
         if past_key_values is None and holds_documents(position_ids, attention_mask):
             self._check_documents(inputs_embeds, use_cache)
             # transformers keeps documents apart only where there is neither a mask nor a cache.
-            attention_mask, use_cache = self._documents(inputs_embeds, position_ids, attention_mask, **kwargs), False
+            mask, use_cache = self._documents(inputs_embeds, position_ids, attention_mask, **kwargs), False
         outputs = self.language_model(
             input_ids=None,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -291,12 +292,14 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
 
     def _documents(
         self,
-        inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> dict[str, Documents] | None:
         """What keeps documents apart without a mask of all pairs; None where transformers has to make that mask."""
+        assert inputs_embeds is not None
+        assert position_ids is not None
         if not attends_by_document(self.language_model, device=inputs_embeds.device, **kwargs):
             return None
         return {"full_attention": read_documents(position_ids, attention_mask, inputs_embeds.shape[0])}
