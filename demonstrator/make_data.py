@@ -29,7 +29,7 @@ import numpy as np
 
 from videollama3.processing.prompt_tokens import SYSTEM_PROMPT
 
-from .questions import StreamTurn, Turn, conversation, description, stream_conversation
+from .questions import BEFORE_THE_CLIP, StreamTurn, Turn, conversation, description, stream_conversation
 from .scenes import Scene, random_clip, random_encoding, random_picture, write_clip, write_picture
 
 Row = dict[str, Any]
@@ -130,7 +130,7 @@ def make_stream(number: int, *, folder: Path, seed: int) -> list[Row]:
     write_clip(scene, folder / name, random_encoding(rng))
     said = [{"role": turn.role, "content": turn.content, "time": turn.seconds} for turn in turns]
     if rng.random() < SHARE_WITH_SYSTEM_PROMPT:
-        said.insert(0, {"role": "system", "content": SYSTEM_PROMPT, "time": 0.0})
+        said.insert(0, {"role": "system", "content": SYSTEM_PROMPT, "time": BEFORE_THE_CLIP})
     return [{"stream": True, "video": [name], "start_time": 0.0, "end_time": scene.seconds, "conversation": said}]
 
 

@@ -24,6 +24,8 @@ _MOVES: dict[Direction, str] = {
     "down": "moves down",
     "none": "does not move",
 }
+# Seconds: a request at this time stands before the first frame, where `videollama3 watch` puts it.
+BEFORE_THE_CLIP = -1.0
 # A centre this close to the line between two thirds of the frame has no clear position.
 _CLEAR_MARGIN = 0.04
 
@@ -566,7 +568,7 @@ class StreamTurn:
 
 
 def stream_conversation(rng: Rng, scene: Scene) -> list[StreamTurn] | None:
-    """A request such as "Tell me when the red circle appears." at the start, and its answer when it happens.
+    """A request such as "Tell me when the red circle appears." before the clip, and its answer when it happens.
 
     Returns:
         Messages in order of time; None for a scene in which nothing appears or vanishes.
@@ -593,7 +595,7 @@ def stream_conversation(rng: Rng, scene: Scene) -> list[StreamTurn] | None:
     seconds = math.floor(event.frame / scene.rate * 100) / 100
     label = scene.label(event.frame)
     return [
-        StreamTurn("user", _roughen(rng, request), 0.0),
+        StreamTurn("user", _roughen(rng, request), BEFORE_THE_CLIP),
         StreamTurn("assistant", f"The {name} {verb} now.", max(seconds, label)),
     ]
 
