@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from demonstrator.questions import (
+    BEFORE_THE_CLIP,
     Turn,
     ask,
     caption,
@@ -60,7 +61,7 @@ def test_two_events():
         "bottom right does not move and vanishes at 1.0 seconds."
     )
     user, assistant = stream_conversation(rng(), scene)
-    assert (user.role, user.seconds) == ("user", 0.0)
+    assert (user.role, user.seconds) == ("user", BEFORE_THE_CLIP)
     assert (assistant.content, assistant.seconds) in (
         ("The red circle appears now.", 2.2),
         ("The blue square vanishes now.", 1.3),
