@@ -13,8 +13,8 @@ width `native` in the first round only.
 The mix, in sixteenths: 6 text-only, 5 one picture, 4 short clips, 1 long clip (`KINDS`); lengths grow with the
 scale, at 16 a row has the 16384 tokens of the recipes. Pixels are the same everywhere. "step MiB" is the highest
 resident memory above weights, gradients and moments, "whole" with these. `floor` is what an update costs that has
-nothing to do: as many passes over one short text each. "pairs" are those for which sdpa computes a score, first of the
-rows as they are, then of the samples alone, which is what a kernel for packed rows computes.
+nothing to do: as many passes over one short text each. "pairs" are those of tokens in one row, first of the rows as
+they are, which is what a mask of all pairs scores, then of the samples alone, which is what packed rows score here.
 
 What is counted at the end is the forward pass in matrix products and attention within samples, for models in full
 depth and long rows: neither hardware nor memory traffic.
