@@ -60,12 +60,15 @@ def test_chunks_bound_the_memory(encoder, monkeypatch):
 def test_bytes_per_patch_hold(dtype, monkeypatch):
     """The number that chunks are sized by is not less than what a patch takes."""
     torch.manual_seed(0)
-    encoder = VideoLlama3VisionModel(tiny_vision_config(**SIZES)).eval().to(dtype)
+    # Half the released width, heads of 72: processors that multiply bfloat16 matrices themselves copy keys and values
+    # with heads padded to a multiple of 32, which at a width of 8 is more than the bound has room for.
+    sizes = {"hidden_size": 576, "intermediate_size": 2152, "num_attention_heads": 8}
+    encoder = VideoLlama3VisionModel(tiny_vision_config(**sizes)).eval().to(dtype)
     monkeypatch.setattr(module, "MAX_ACTIVATION_BYTES_PER_CHUNK", 2**40)
     few, many = (_peak(encoder, num_frames) for num_frames in (32, 64))
     per_patch = (many - few) / (32 * ROWS * COLUMNS)
     bound = activation_bytes_per_patch(encoder.config, dtype)
-    # Measured 0.98 (float32) and 0.87 (bfloat16) of the bound.
+    # Measured 0.87 (float32) and 0.96 (bfloat16, on such a processor) of the bound.
     assert 0.5 * bound < per_patch <= bound
 
 
