@@ -1,4 +1,4 @@
-"""Encodes a small mp4: a red circle crosses the picture, then a blue square appears.
+"""Encodes a small mp4: a red circle crosses the picture and stops.
 
 python examples/make_clip.py clip.mp4
 """
@@ -18,9 +18,7 @@ def picture(seconds: float) -> Image.Image:
     image = Image.new("RGB", (WIDTH, HEIGHT), (25, 28, 35))
     draw = ImageDraw.Draw(image)
     x = 45 + (WIDTH - 90) * min(seconds, 5.0) / 5.0
-    draw.ellipse((x - 35, 30, x + 35, 100), fill=(220, 40, 40))
-    if seconds >= 5.0:
-        draw.rectangle((60, 140, 130, 210), fill=(50, 90, 230))
+    draw.ellipse((x - 40, 80, x + 40, 160), fill=(220, 40, 40))
     return image
 
 
