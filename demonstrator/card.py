@@ -103,7 +103,7 @@ model = AutoModelForImageTextToText.from_pretrained(path)
 
 _TAIL = """## How it was made
 
-By the steps of `make demonstrator`, from generated data alone, on two CPU cores: docs/demonstrator.md of the repository
-tells how, and which stages it has been through. `training_record.json` beside this card is the last one's. Weights
-are bfloat16; it was trained in float32.
+By the steps of `make demonstrator`, from generated data alone, on two CPU cores: docs/demonstrator.md of the
+repository tells how, and which stages it has been through. `training_record.json` beside this card is the last one's.
+Weights are bfloat16; it was trained in float32.
 """
