@@ -2,7 +2,7 @@
 
     python benchmarks/batch.py
 
-A tiny model with random weights answers 16 tokens about each of `--clips` small clips (4 s at 25 frames per second),
+The demonstrator answers at most 16 tokens about each of `--clips` small clips (4 s at 25 frames per second),
 `--memory-clips` in the second part. A few distinct files stand under many names (hard links): reading does not know.
 The loop calls the processor and `generate` for one clip after the other; the command reads in processes of its own and
 answers in batches, and must give the same answers. CPU seconds hold all processes and, of the command, the start of
@@ -167,9 +167,8 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
 def run_loop(spec: dict[str, Any]) -> dict[str, Any]:
     """What a user would write."""
     from videollama3.loading import GREEDY
-    from videollama3.random_checkpoint import build_random
 
-    model, processor = build_random()
+    model, processor = load_demonstrator()
     answers = []
     wall, cpu = time.perf_counter(), common.cpu_seconds()
     for path in sorted(Path(spec["folder"]).iterdir()):
@@ -190,13 +189,23 @@ def run_loop(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def load_demonstrator() -> tuple[Any, Any]:
+    """Model and processor as the command loads them without `--model`."""
+    import torch
+
+    import videollama3
+
+    path = videollama3.demonstrator_path()
+    model = videollama3.VideoLlama3ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return model, videollama3.VideoLlama3Processor.from_pretrained(path)
+
+
 def run_batch(spec: dict[str, Any]) -> dict[str, Any]:
     """The command, in this process; the processes that read are counted when they have ended."""
     import videollama3  # noqa: F401 - imported here, so that both sides have what they import
     from videollama3.cli import main as command
-    from videollama3.random_checkpoint import build_random
 
-    build_random()
+    load_demonstrator()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out.jsonl"
         arguments = ["batch", spec["folder"], "-o", str(output), "--prompt", PROMPT]

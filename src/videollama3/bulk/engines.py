@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from ..demonstrator import demonstrator_path
 from ..loading import GREEDY, load_model_and_processor
 from ..processing.media_requests import to_image_tensors, to_video_tensors
 from ..processing.processing_videollama3 import VideoLlama3Processor
@@ -60,7 +61,7 @@ class EngineSettings:
 
     Attributes:
         engine: which one.
-        model: folder or repository; None for the tiny random model.
+        model: folder or repository; None for the demonstrator.
         dtype: as on the command line.
         device: as on the command line; of transformers.
         attn: attention implementation of transformers, or None for the default.
@@ -78,11 +79,8 @@ class EngineSettings:
 
     def load_processor(self) -> VideoLlama3Processor:
         """The checkpoint's processor."""
-        if self.model is None:
-            from ..random_checkpoint import build_random
-
-            return build_random()[1]
-        processor: VideoLlama3Processor = VideoLlama3Processor.from_pretrained(self.model)
+        checkpoint = demonstrator_path() if self.model is None else self.model
+        processor: VideoLlama3Processor = VideoLlama3Processor.from_pretrained(checkpoint)
         return processor
 
     def build(self, reader: RowReader) -> Engine:

@@ -10,6 +10,8 @@ import hashlib
 import os
 from typing import Any
 
+from ..demonstrator import demonstrator_path
+
 # Files of a checkpoint that change what it answers.
 _MODEL_SUFFIXES = (".json", ".jinja", ".safetensors", ".bin", ".txt", ".model")
 
@@ -26,7 +28,7 @@ def run_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "format": 1,
         "model": options.model,
-        "model_files": None if options.model is None else _files_digest(options.model),
+        "model_files": _files_digest(demonstrator_path() if options.model is None else options.model),
         "engine": options.engine,
         "dtype": options.dtype,
         "prompt": options.prompt,
@@ -41,7 +43,7 @@ def run_settings(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _files_digest(model: str) -> str | None:
+def _files_digest(model: str | os.PathLike[str]) -> str | None:
     """Names, sizes and times of change of a folder's files; None for a repository of the Hub."""
     if not os.path.isdir(model):
         return None
