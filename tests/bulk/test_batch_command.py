@@ -1,12 +1,15 @@
 """The command as a user runs it: real files, real processes, some of them killed."""
 
+import fcntl
 import json
 import os
 import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -309,6 +312,8 @@ def test_an_interrupted_run_says_so_and_goes_on(many, expected, tmp_path):
 @pytest.mark.timeout(1800)
 def test_progress_and_remaining_time_on_a_terminal(many, tmp_path):
     main_end, terminal = pty.openpty()
+    # A terminal without a width shows no bar.
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     with subprocess.Popen(command(many, tmp_path / "out.jsonl"), stdout=subprocess.PIPE, stderr=terminal) as process:
         os.close(terminal)
         shown = b""
