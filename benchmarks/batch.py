@@ -6,9 +6,9 @@ A tiny model with random weights answers 16 tokens about each of `--clips` small
 `--memory-clips` in the second part. A few distinct files stand under many names (hard links): reading does not know.
 The loop calls the processor and `generate` for one clip after the other; the command reads in processes of its own and
 answers in batches, and must give the same answers. CPU seconds hold all processes and, of the command, the start of
-those that read, which import PyTorch: a sum that does not grow with the clips. So the cost per clip beyond it is given,
-too: what the second part took more than the first, by the clips that it had more. Loading the model counts on neither
-side. With a model this small the work is reading; what batches save grows with the model.
+those that read, which import PyTorch: a sum that does not grow with the clips. So the cost per clip beyond it is given
+as well: what the second part took more than the first, by the clips that it had more. Loading the model counts on
+neither side. With a model this small the work is reading; what batches save grows with the model.
 """
 
 from __future__ import annotations

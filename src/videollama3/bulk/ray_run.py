@@ -24,8 +24,6 @@ from .token_batches import token_batches
 # Ray Data schedules blocks; a task reads this many rows one after the other.
 _ROWS_PER_BLOCK = 8
 _PAYLOAD = "payload"
-# A limit that is none. Without one Ray fuses reading into the actors, and rows are read while the model waits.
-_MANY_TASKS = 1_000_000
 
 
 def run_on_ray(
@@ -89,7 +87,8 @@ def _pipeline(
     blocks = -(-len(payloads) // _ROWS_PER_BLOCK)
     return (
         ray.data.from_items(payloads, override_num_blocks=blocks)
-        .map(_reading(reader), num_cpus=1, concurrency=_MANY_TASKS)
+        # As many tasks as blocks is no limit; but without one Ray fuses reading into the actors, and the model waits.
+        .map(_reading(reader), num_cpus=1, concurrency=blocks)
         .map_batches(
             Answering,
             # Not the reader itself: its tokenizer is large, and the actor loads one anyway.
