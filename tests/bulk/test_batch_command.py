@@ -312,7 +312,7 @@ def test_an_interrupted_run_says_so_and_goes_on(many, expected, tmp_path):
 @pytest.mark.timeout(1800)
 def test_progress_and_remaining_time_on_a_terminal(many, tmp_path):
     main_end, terminal = pty.openpty()
-    # Rows and columns: a bar on a terminal without width shows nothing.
+    # A terminal without a width shows no bar.
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     with subprocess.Popen(command(many, tmp_path / "out.jsonl"), stdout=subprocess.PIPE, stderr=terminal) as process:
         os.close(terminal)

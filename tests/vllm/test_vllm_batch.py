@@ -74,8 +74,8 @@ def test_a_prompt_that_is_too_long_fails_alone(checkpoint, media, tmp_path):
     options = [
         "--no-prune",
         "--vllm-options",
-        json.dumps({"max_model_len": 400, "max_num_seqs": 16, "enforce_eager": True}),
+        json.dumps({"max_model_len": 320, "max_num_seqs": 16, "enforce_eager": True}),
     ]
     lines = run(tmp_path, "vllm", checkpoint, options)
     assert lines["moving"]["num_visual_tokens"] == 84
-    assert "Expected a prompt of at most 399 tokens, got " in lines["still"]["error"]
+    assert "Expected a prompt of at most 319 tokens, got 351" in lines["still"]["error"]

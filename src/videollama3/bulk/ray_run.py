@@ -80,15 +80,19 @@ def _pipeline(
     import ray.data
 
     num_actors, num_gpus = _plan_actors(ray.cluster_resources(), num_actors)
+    # The command shows its own.
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     payloads = [{_PAYLOAD: pickle.dumps(row)} for row in rows]
     blocks = -(-len(payloads) // _ROWS_PER_BLOCK)
     return (
         ray.data.from_items(payloads, override_num_blocks=blocks)
-        .map(_reading(reader), num_cpus=1)
+        # As many tasks as blocks is no limit; but without one Ray fuses reading into the actors, and the model waits.
+        .map(_reading(reader), num_cpus=1, concurrency=blocks)
         .map_batches(
             Answering,
-            fn_constructor_args=(settings, reader, max_batch_tokens, max_batch_rows),
+            # Not the reader itself: its tokenizer is large, and the actor loads one anyway.
+            fn_constructor_args=(settings, reader.system_prompt, reader.prune, max_batch_tokens, max_batch_rows),
             batch_size=max_batch_rows,
             batch_format="numpy",
             concurrency=num_actors,
@@ -125,12 +129,16 @@ class Answering:
 
     Args:
         settings: of the engine.
-        reader: what the rows were read with.
+        system_prompt: of the reader of the rows.
+        prune: likewise.
         max_tokens: see `token_batches`.
         max_rows: likewise.
     """
 
-    def __init__(self, settings: EngineSettings, reader: RowReader, max_tokens: int, max_rows: int) -> None:
+    def __init__(
+        self, settings: EngineSettings, system_prompt: bool, prune: bool | None, max_tokens: int, max_rows: int
+    ) -> None:
+        reader = RowReader(settings.load_processor(), system_prompt=system_prompt, prune=prune)
         self._engine = settings.build(reader)
         self._limits = {"max_tokens": max_tokens, "max_rows": max_rows}
 
