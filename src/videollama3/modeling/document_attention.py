@@ -106,6 +106,12 @@ def attend_by_document(language_model: Any) -> None:
         layer.self_attn.__class__ = Qwen2DocumentAttention
 
 
+def attend_as_transformers(language_model: Any) -> None:
+    """Takes `attend_by_document` back, for engines that look into the source of the attention's forward pass."""
+    for layer in language_model.layers:
+        layer.self_attn.__class__ = Qwen2Attention
+
+
 class Qwen2DocumentAttention(Qwen2Attention):
     """`Qwen2Attention` that also takes `Documents` in the place of a mask."""
 

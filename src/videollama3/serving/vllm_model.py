@@ -16,6 +16,7 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 
 from ..modeling.checkpoint_layouts import to_plugin_name
+from ..modeling.document_attention import attend_as_transformers
 from ..processing.media_requests import to_image_tensors, to_video_tensors
 from ..processing.processing_videollama3 import VideoLlama3Processor
 from ..processing.prompt_tokens import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
@@ -271,6 +272,12 @@ class VideoLlama3ForVllm(TransformersMultiModalForCausalLM):
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         """The text that stands for one medium, for chat templates that take text only."""
         return {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}.get(modality)
+
+    def recursive_replace(self) -> None:
+        """Puts vLLM's layers in the place of the model's; called by vLLM when the model is built."""
+        # vLLM puts its attention where it reads transformers' dispatch in a class's own forward pass.
+        attend_as_transformers(self.model.language_model)
+        super().recursive_replace()
 
     def _create_hf_to_vllm_mapper(self) -> None:
         # vLLM drops what a model ignores beside its own weights, and transformers hands that list of the encoder
