@@ -6,11 +6,13 @@ import itertools
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 import videollama3
 from videollama3.modeling.document_attention import (
     Documents,
     Qwen2DocumentAttention,
+    attend_as_transformers,
     attend_documents,
     attends_by_document,
     read_documents,
@@ -257,8 +259,8 @@ def test_a_compiled_decoder_gives_the_same(part):
 def test_one_document_and_generation_are_untouched():
     model = _model()
     plain = _model()
-    for layer in plain.model.language_model.layers:
-        layer.self_attn.__class__ = Qwen2DocumentAttention.__bases__[0]
+    attend_as_transformers(plain.model.language_model)
+    assert all(type(layer.self_attn) is Qwen2Attention for layer in plain.model.language_model.layers)
     ids = {"input_ids": text(12).unsqueeze(0), "attention_mask": torch.ones(1, 12, dtype=torch.long)}
     assert torch.equal(model(**ids).logits, plain(**ids).logits)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
