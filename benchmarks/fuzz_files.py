@@ -284,13 +284,14 @@ def decode_everything(path: str) -> Everything:
     import numpy as np
 
     from videollama3.processing import frame_timing
+    from videollama3.processing.video_file import METADATA_OPTIONS
 
     guess = frame_timing._BestEffortTime()
     times: list[int] = []
     pts: list[int | None] = []
     pictures: list[Any] = []
     errors = duration = 0
-    with av.open(path, metadata_errors="replace") as container:
+    with av.open(path, **METADATA_OPTIONS) as container:
         stream = next(s for s in container.streams.video if s.codec_context is not None)
         stream.codec_context.thread_count = 1
         period = frame_timing._frame_period(stream)
@@ -377,7 +378,9 @@ def is_damaged(plan: Any, time: int, original: str) -> bool:
 def _packets(path: str) -> list[bytes]:
     import av
 
-    with av.open(path, metadata_errors="replace") as container:
+    from videollama3.processing.video_file import METADATA_OPTIONS
+
+    with av.open(path, **METADATA_OPTIONS) as container:
         return [bytes(packet) for packet in _tolerant(container.demux(video=0)) if packet.size]
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py
 
-NOT YET RUN ON A CARD: written and tested at toy size on the CPU only (`--toy`); its figures are still to come.
+`--toy` runs it on the CPU at toy size. Where flash-attn is installed, `flash_attention_2` is one more side.
 
 Sections, each a process of its own with a time limit, so that one that fails leaves the others:
 
@@ -11,13 +11,16 @@ Sections, each a process of its own with a time limit, so that one that fails le
 - `encoder`: so400m in bf16, 8, 32 and 180 frames of 24 x 42 patches and many small images, ours by default, ours on
   sdpa and transformers' own on sdpa: time, share of the ceiling, peak memory, largest difference;
 - `prefill`: the 7B with 16k tokens, ours and transformers' own on sdpa, logits of the last position;
-- `request`: 180 frames at 16k visual tokens beside the 7B: peak memory, time from file to first token, tokens per
-  second after it, with a growing and with a static cache;
-- `train`: a step of the 2B at 8k tokens of which 3 % are supervised, ours and transformers' own.
+- `request`: 180 frames at 16k visual tokens beside the 7B, in no more memory than a 24 GB card has: peak memory, time
+  from file to first token, tokens per second after it, with a growing and with a static cache;
+- `train`: a step of the 2B at 8k tokens of which 3 % are supervised, ours and transformers' own;
+- `demonstrator`: the trained checkpoint of the package: its answers in bfloat16 on the card and in float32 on the CPU,
+  and those of a streaming session on the card.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -30,8 +33,19 @@ from typing import Any
 import common
 import models
 
+FLASH = "flash_attention_2"
+# MiB that programs can use of a card sold as 24 GB (24,564) once its context and a desktop have theirs.
+CARD_MIB = 23552
 # Seconds; together below 8 minutes.
-LIMITS = {"equality": 90, "matmul": 30, "encoder": 110, "prefill": 70, "request": 110, "train": 60}
+LIMITS = {
+    "equality": 80,
+    "matmul": 20,
+    "encoder": 80,
+    "prefill": 70,
+    "request": 100,
+    "train": 70,
+    "demonstrator": 50,
+}
 CLIPS = {"8 frames": [(8, 24, 42)], "32 frames": [(32, 24, 42)], "180 frames": [(180, 24, 42)]}
 SMALL_IMAGES = [(1, rows, columns) for rows in range(4, 28, 2) for columns in range(6, 46, 4)]
 
@@ -110,6 +124,11 @@ def cost_of(call: Callable[[], Any], device: str, rounds: int) -> dict[str, floa
     return {"seconds": common.middle(seconds)["median"], "peak_mib": round(peak, 1)}
 
 
+def has_flash(spec: dict[str, Any]) -> bool:
+    """Whether flash-attn is there and can run."""
+    return spec["device"] == "cuda" and common.has_module("flash_attn")
+
+
 def equality(spec: dict[str, Any]) -> dict[str, Any]:
     """Runs the tests that compare backends."""
     root = Path(__file__).resolve().parent.parent
@@ -117,9 +136,10 @@ def equality(spec: dict[str, Any]) -> dict[str, Any]:
     if not spec["toy"]:
         names += ["test_packed_attention", "test_packed_documents", "test_repeated_frames", "test_encoder_compile"]
     files = [f"tests/modeling/{name}.py" for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "not slow", "-p", "no:cacheprovider", *files]
+    quiet = ["--tb=no", "-q", "-rfEs", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "not slow", *quiet, *files]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return {"passed": done.returncode == 0, "summary": done.stdout.strip().splitlines()[-12:]}
+    return {"passed": done.returncode == 0, "summary": done.stdout.strip().splitlines()[-24:]}
 
 
 def matmul(spec: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +166,8 @@ def encoder(spec: dict[str, Any]) -> dict[str, Any]:
         "ours_sdpa": models.build_encoder("ours", vision, attention="sdpa", **options),
         "native_sdpa": models.build_encoder("native", vision, attention="sdpa", **options),
     }
+    if has_flash(spec):
+        sides[f"ours_{FLASH}"] = models.build_encoder("ours", vision, attention=FLASH, **options)
     for side in sides.values():
         side.load_state_dict(sides["ours"].state_dict())
     cases = {**CLIPS, f"{len(SMALL_IMAGES)} small images": SMALL_IMAGES}
@@ -181,9 +203,13 @@ def prefill(spec: dict[str, Any]) -> dict[str, Any]:
     text = models.TOY_TEXT if spec["toy"] else models.QWEN_7B
     tokens = 64 if spec["toy"] else 16384
     ids = torch.randint(0, text["vocab_size"] - 8, (1, tokens), device=spec["device"])
+    built = {"ours": ("ours", None), "native": ("native", None)}
+    if has_flash(spec):
+        built[f"ours_{FLASH}"] = ("ours", FLASH)
     sides = {}
-    for side in ("ours", "native"):
-        model = models.build_model(side, text, models.TOY_VISION, device=spec["device"], dtype=torch.bfloat16)
+    for side, (family, attention) in built.items():
+        options = {"device": spec["device"], "dtype": torch.bfloat16, "attention": attention}
+        model = models.build_model(family, text, models.TOY_VISION, **options)
         with torch.inference_mode():
             cost = cost_of(
                 lambda model=model: model(input_ids=ids, use_cache=True, logits_to_keep=1),
@@ -203,6 +229,9 @@ def request(spec: dict[str, Any]) -> dict[str, Any]:
 
     from videollama3.random_checkpoint import build_random
 
+    if spec["device"] == "cuda":
+        whole = torch.cuda.get_device_properties(0).total_memory / 2**20
+        torch.cuda.set_per_process_memory_fraction(min(1.0, CARD_MIB / whole))
     text, vision = (models.TOY_TEXT, models.TOY_VISION) if spec["toy"] else (models.QWEN_7B, models.SO400M)
     model = models.build_model("ours", text, vision, device=spec["device"], dtype=torch.bfloat16)
     _, processor = build_random(max_tokens=64 if spec["toy"] else 16384)
@@ -235,7 +264,9 @@ def request(spec: dict[str, Any]) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         processor_seconds, first = answer(1)
         _, all_tokens = answer(new_tokens)
-        peak = torch.cuda.max_memory_allocated() / 2**20 if spec["device"] == "cuda" else 0.0
+        cuda = spec["device"] == "cuda"
+        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
+        reserved = torch.cuda.max_memory_reserved() / 2**20 if cuda else 0.0
         inputs = prepare()
         # Compiling the decoding step would take longer than this script may.
         static = {"cache_implementation": "static", "disable_compile": True}
@@ -248,7 +279,9 @@ def request(spec: dict[str, Any]) -> dict[str, Any]:
         "kept_tokens": kept,
         "prompt_tokens": inputs["input_ids"].shape[1],
         "weights_mib": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20, 1),
+        "allowed_mib": CARD_MIB,
         "peak_mib": round(peak, 1),
+        "peak_reserved_mib": round(reserved, 1),
         "processor_seconds": processor_seconds,
         "seconds_to_first_token": processor_seconds + first,
         "tokens_per_second": (new_tokens - 1) / max(all_tokens - first, 1e-9),
@@ -278,17 +311,79 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     import prefill as prefill_script
 
     sides = {}
-    for side in ("ours", "native"):
+    for side, checkpointing in itertools.product(("ours", "native"), (False, True)):
         setting = {
             "task": "train",
             "side": side,
+            "checkpointing": checkpointing,
             "device": spec["device"],
             "toy": spec["toy"],
             "layers": 2 if spec["toy"] else 28,
             "tokens": 64 if spec["toy"] else 8192,
         }
-        sides[side] = common.run_fresh(prefill_script.__file__, setting)
+        name = f"{side}_checkpointed" if checkpointing else side
+        sides[name] = common.run_fresh(prefill_script.__file__, setting)
     return {"sides": sides}
+
+
+def demonstrator(spec: dict[str, Any]) -> dict[str, Any]:
+    """Answers of the package's checkpoint: bfloat16 on the card, float32 on the CPU, and a session's on the card."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import videollama3
+
+    root = Path(__file__).resolve().parent.parent
+    sys.path.insert(0, str(root))
+    from demonstrator.evaluate import make_questions
+    from demonstrator.questions import is_right
+
+    folder = str(videollama3.demonstrator_path())
+    processor = AutoProcessor.from_pretrained(folder)
+    settings = {"card": (spec["device"], torch.bfloat16), "cpu": ("cpu", torch.float32)}
+    said: dict[str, list[str]] = {}
+    kept: dict[str, bool] = {}
+    with tempfile.TemporaryDirectory() as media:
+        few = spec["toy"]
+        questions = make_questions(Path(media), num_pictures=2 if few else 8, num_clips=2 if few else 12)
+        for name, (device, dtype) in settings.items():
+            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval()
+            said[name] = []
+            for question in questions:
+                inputs = processor(
+                    conversation=question.messages(),
+                    add_system_prompt=question.add_system_prompt,
+                    add_generation_prompt=True,
+                    return_tensors="pt",
+                ).to(device)
+                output = model.generate(**inputs, max_new_tokens=96, do_sample=False)
+                text = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+                said[name].append(text.strip())
+            if name == "card":
+                kept = _session_answers(model, processor, questions, said[name])
+    right = {
+        name: sum(is_right(question.turn, text) for question, text in zip(questions, texts, strict=True))
+        for name, texts in said.items()
+    }
+    return {
+        "questions": len(questions),
+        "right": right,
+        "same_text": sum(one == other for one, other in zip(said["card"], said["cpu"], strict=True)),
+        **kept,
+    }
+
+
+def _session_answers(model: Any, processor: Any, questions: list[Any], expected: list[str]) -> dict[str, Any]:
+    """Of the first questions on clips, how many a session of the same frames answers in the same words."""
+    from videollama3.streaming import StreamingSession
+
+    clips = [(q, text) for q, text in zip(questions, expected, strict=True) if q.media == "video"][:40]
+    same = 0
+    for question, text in clips:
+        with StreamingSession(model, processor, system_prompt=question.add_system_prompt) as session:
+            session.show_video(question.path)
+            same += "".join(session.ask(question.turn.question, max_new_tokens=96)).strip() == text
+    return {"session_questions": len(clips), "session_same_text": same}
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -298,6 +393,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "prefill": prefill,
     "request": request,
     "train": train,
+    "demonstrator": demonstrator,
 }
 
 

@@ -75,9 +75,13 @@ def build_encoder(side: str, vision: dict[str, int], *, device: str, dtype: Any,
     return model.to(dtype).eval()
 
 
-def build_model(side: str, text: dict[str, int], vision: dict[str, int], *, device: str, dtype: Any) -> Any:
-    """The whole model, weights created in `dtype` on `device`."""
+def build_model(
+    side: str, text: dict[str, int], vision: dict[str, int], *, device: str, dtype: Any, attention: str | None = None
+) -> Any:
+    """The whole model, weights created in `dtype` on `device`; without `attention` the default of each side."""
     import torch
+
+    options = {} if attention is None else {"attn_implementation": attention}
 
     ids = {"image_token_id": text["vocab_size"] - 2, "video_token_id": text["vocab_size"] - 1}
     # No end of text: every answer has the length that is asked for.
@@ -97,7 +101,7 @@ def build_model(side: str, text: dict[str, int], vision: dict[str, int], *, devi
     torch.set_default_dtype(dtype)
     with torch.device(device):
         torch.manual_seed(0)
-        model = kind._from_config(config)
+        model = kind._from_config(config, **options)
     torch.set_default_dtype(default)
     return model.eval()
 

@@ -34,7 +34,7 @@ def test_prefill(tmp_path):
 def test_gpu_sections(tmp_path):
     sections = _run_toy("gpu", tmp_path)["sections"]
     assert {name: section["failed"] for name, section in sections.items() if "failed" in section} == {}
-    assert list(sections) == ["equality", "matmul", "encoder", "prefill", "request", "train"]
+    assert list(sections) == ["equality", "matmul", "encoder", "prefill", "request", "train", "demonstrator"]
     assert sections["equality"]["passed"], sections["equality"]["summary"]
     for case in sections["encoder"]["cases"].values():
         for side in case.values():
@@ -42,4 +42,9 @@ def test_gpu_sections(tmp_path):
             assert side["difference_from_native"] < 0.05
     assert sections["request"]["frames"] == 3
     losses = [side["value"] for side in sections["train"]["sides"].values()]
-    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+    assert len(losses) == 4
+    assert losses == pytest.approx([losses[0]] * 4, abs=2e-3)
+    answers = sections["demonstrator"]
+    # On the CPU both are the same machine: bfloat16 against float32.
+    assert answers["same_text"] >= answers["questions"] - 2
+    assert answers["session_same_text"] >= answers["session_questions"] - 2

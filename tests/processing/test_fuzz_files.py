@@ -42,14 +42,14 @@ def decode_everything(path):
     with av.open(path) as container:
         stream = container.streams.video[0]
         frames = list(container.decode(stream))
-        duration = frames[-1].duration or round(1 / (stream.average_rate * stream.time_base))
+        duration = frames[-1].duration or round(1 / (Fraction(stream.average_rate) * Fraction(stream.time_base)))
         # Known to the microsecond, as ffmpeg has it.
         start_us = math.floor(frames[0].pts * stream.time_base * 1_000_000 + Fraction(1, 2))
         container_us = start_us if container.start_time is None else container.start_time
         return (
             [frame.pts for frame in frames],
             frames[-1].pts + duration,
-            stream.time_base,
+            Fraction(stream.time_base),
             Fraction(container_us, 1_000_000),
             Fraction(start_us, 1_000_000),
             [frame.to_ndarray(format="rgb24") for frame in frames],

@@ -130,8 +130,12 @@ class _BestEffortTime:
 
 
 def _frame_period(stream: Any) -> int:
-    rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-    return max(1, round(1 / (rate * stream.time_base)))
+    return max(1, round(1 / (_frame_rate(stream) * Fraction(stream.time_base))))
+
+
+def _frame_rate(stream: Any) -> Fraction:
+    # PyAV's own rationals, from 19 on, round what does not fit into 32 bits.
+    return Fraction(stream.average_rate or stream.guessed_rate or 25)
 
 
 def _frame_times(container: Any, stream: Any, times: npt.NDArray[np.int64], last_duration: int) -> FrameTimes:
@@ -145,5 +149,5 @@ def _frame_times(container: Any, stream: Any, times: npt.NDArray[np.int64], last
         time_base=time_base,
         container_start_us=int(container_start_us),
         video_start_us=video_start_us,
-        average_rate=Fraction(stream.average_rate or stream.guessed_rate or 25),
+        average_rate=_frame_rate(stream),
     )

@@ -11,6 +11,7 @@ unmarked control tokens count, and the marks are taken out of what is left.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -76,7 +77,7 @@ def timestamp_text(seconds: float) -> str:
 def unused_character(texts: Sequence[str]) -> str:
     """A private-use character that occurs in none of the texts."""
     used = set().union(*(set(text) for text in texts)) if texts else set()
-    for code in (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)):
+    for code in itertools.chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)):
         if chr(code) not in used:
             return chr(code)
     raise ValueError("Expected a conversation that leaves one private-use character unused, got all of them.")

@@ -42,6 +42,9 @@ _PLAYLIST_FORMATS = frozenset(
 )
 _FORMATS = ",".join(sorted({part for name in av.formats_available for part in name.split(",")} - _PLAYLIST_FORMATS))
 
+# Titles are never shown, and in damaged files they are no text. From PyAV 19 on nothing has to be said.
+METADATA_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+
 # Codecs' own limit.
 _MAX_SIDE = 2**16
 
@@ -111,8 +114,7 @@ def open_video(source: str | BinaryIO, *, name: str, limits: ReadingLimits) -> I
                 "format_whitelist": _FORMATS,
             },
             timeout=(limits.max_seconds, limits.max_seconds),
-            # Titles are never shown, and in damaged files they are no text.
-            metadata_errors="replace",
+            **METADATA_OPTIONS,
         )
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(

@@ -18,7 +18,7 @@ import av
 import av.error
 
 from ..processing.media_sources import open_source
-from ..processing.video_file import ReadingLimits, check_pixels, open_video
+from ..processing.video_file import METADATA_OPTIONS, ReadingLimits, check_pixels, open_video
 
 # Of a source that runs by itself; no `file`: a stream from elsewhere must not name files of this machine.
 _LIVE_PROTOCOLS = (
@@ -95,7 +95,7 @@ class Source:
                 format=self._camera_format,
                 options={"protocol_whitelist": _LIVE_WHITELIST} if self._is_url else {},
                 timeout=(timeout, timeout),
-                metadata_errors="replace",
+                **METADATA_OPTIONS,
             )
         except (av.error.FFmpegError, OSError) as error:
             raise ValueError(f"it could not be opened: {error.strerror}") from error
