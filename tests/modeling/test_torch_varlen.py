@@ -13,13 +13,14 @@ from torch import nn
 from transformers import AutoModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 import videollama3
 from videollama3.modeling import torch_varlen as module
 from videollama3.modeling import vision_encoder_videollama3 as encoder_module
 from videollama3.modeling.torch_varlen import TORCH_VARLEN, check_varlen, torch_varlen_attention
 
-from .tiny import image_and_video_request, media, tiny_config, tiny_vision_config
+from .tiny import image_and_video_request, media, prompt, text, tiny_config, tiny_vision_config
 
 HEAD_DIM = 12
 BOUNDS = [0, 5, 6, 13, 15, 24]
@@ -104,6 +105,32 @@ def test_every_signature_gives_the_same(install, kernel, causal, key_heads):
     assert weights is None
     # Measured worst case 1.2e-7 of 3.1; the scale of the padded width instead of 0.4 is off by 0.5.
     torch.testing.assert_close(output, expected.unsqueeze(0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=["2.10", "2.11", "2.13"])
+@torch.no_grad()
+def test_packed_documents_need_no_mask(install, monkeypatch, kernel):
+    """The language model with bounds: each document equals its single run on sdpa, and no mask is made."""
+    install(kernel)
+    torch.manual_seed(0)
+    model = videollama3.VideoLlama3ForCausalLM(tiny_config()).eval()
+    lengths = [7, 12, 5]
+    documents = [prompt(text(length, seed))["input_ids"] for seed, length in enumerate(lengths)]
+    single = [model(input_ids=document).logits for document in documents]
+    model.set_attn_implementation({"text_config": TORCH_VARLEN})
+    monkeypatch.setattr(qwen2, "create_causal_mask", lambda *args, **kwargs: pytest.fail("a mask was made"))
+    bounds = torch.tensor([0, 7, 19, 24], dtype=torch.int32)
+    packed = model(
+        input_ids=torch.cat(documents, dim=1),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=12,
+        max_length_k=12,
+    ).logits
+    for got, want in zip(packed.split(lengths, dim=1), single, strict=True):
+        # Measured 3e-7 of logits up to 0.6.
+        torch.testing.assert_close(got, want, atol=5e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["2.10", "2.11", "2.13"])

@@ -21,6 +21,7 @@ from .configuration_videollama3 import VideoLlama3Config
 from .document_attention import Documents, attend_by_document, attends_by_document, read_documents
 from .pretrained_videollama3 import VideoLlama3PreTrainedModel
 from .supervised_loss import supervised_loss
+from .torch_varlen import TORCH_VARLEN
 from .vision_encoder_videollama3 import VideoLlama3VisionModel
 
 # Inputs that describe media: their first dimension is not the batch, and only the prompt needs them.
@@ -296,10 +297,14 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
         position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
-    ) -> dict[str, Documents] | None:
+    ) -> dict[str, Documents | None] | None:
         """What keeps documents apart without a mask of all pairs; None where transformers has to make that mask."""
         assert inputs_embeds is not None
         assert position_ids is not None
+        config = self.config.text_config
+        if config._attn_implementation == TORCH_VARLEN and kwargs.get("cu_seq_lens_q") is not None:
+            # The kernel goes by the bounds, and reads no mask.
+            return dict.fromkeys(config.layer_types)
         if not attends_by_document(self.language_model, device=inputs_embeds.device, **kwargs):
             return None
         return {"full_attention": read_documents(position_ids, attention_mask, inputs_embeds.shape[0])}

@@ -109,7 +109,8 @@ class PackingCollator(_Collator):
 
     Attributes:
         bounds: whether to give `cu_seq_lens_q`, `cu_seq_lens_k` (int32 (documents + 1,)) and `max_length_q`,
-            `max_length_k` for flash attention, which else looks for the restarts itself, once per layer.
+            `max_length_k`: `torch_varlen` goes by them alone, flash attention else looks for the restarts itself,
+            once per layer.
     """
 
     bounds: bool = False

@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling import supervised_loss as loss_module
 from ..modeling import vision_encoder_videollama3 as encoder_module
+from ..modeling.torch_varlen import TORCH_VARLEN
 from .collator import IGNORE_INDEX, PackingCollator
 from .length_index import Progress, measure_sample, sample_lengths
 from .muon import MuonWithAdamW, is_muon_parameter
@@ -152,9 +153,10 @@ class VideoLlama3Trainer(Trainer):
             processing_class=processor,
             callbacks=[*(callbacks or []), _Epochs(self)],
         )
+        attention = str(model.config.text_config._attn_implementation)
         self.data_collator = PackingCollator.for_processor(
             processor,
-            bounds="flash" in str(model.config.text_config._attn_implementation),
+            bounds="flash" in attention or attention == TORCH_VARLEN,
             dummy_frame=bool(rates.encoder or rates.projector) or self.is_sharded,
         )
         # Trainer writes its own choice for training into the configuration that is saved.
