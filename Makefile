@@ -79,7 +79,6 @@ demonstrator: $(VENV)/installed  ## train the checkpoint inside the package from
 	$(VENV)/bin/python -m demonstrator.pretrain_encoder $(DEMONSTRATOR)/data $(DEMONSTRATOR)/start $(DEMONSTRATOR)/encoder
 	$(TRAIN) demonstrator/stage1_captions.yaml
 	$(TRAIN) demonstrator/stage2_pictures.yaml
-	$(TRAIN) demonstrator/stage3_motions.yaml
 	$(TRAIN) demonstrator/stage3_clips.yaml
 	$(TRAIN) demonstrator/stage4_streams.yaml
 	$(VENV)/bin/python -m demonstrator.evaluate $(DEMONSTRATOR)/stage4 -o demonstrator/report.json

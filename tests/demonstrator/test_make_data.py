@@ -3,9 +3,7 @@
 import json
 
 import numpy as np
-from demonstrator.make_data import CLIPS, PICTURES, Counts, make_data, make_motion, make_picture, make_stream, rng_of
-from demonstrator.questions import seen_direction
-from demonstrator.scenes import random_clip
+from demonstrator.make_data import PICTURES, Counts, make_data, make_picture, make_stream
 from PIL import Image
 
 from videollama3.training.dataset_rows import missing_files, read_row
@@ -19,7 +17,6 @@ def test_rows_are_what_training_reads(tmp_path):
         "captions": 3,
         "pictures": 2,
         "clips": 1,
-        "motions": 1,
         "streams": 1,
         "review": 2,
         "heldout_pictures": 1,
@@ -29,7 +26,6 @@ def test_rows_are_what_training_reads(tmp_path):
         ("captions", "image"),
         ("pictures", "image"),
         ("clips", "video"),
-        ("motions", "video"),
         ("streams", "stream"),
         ("heldout_clips", "video"),
     ):
@@ -39,23 +35,6 @@ def test_rows_are_what_training_reads(tmp_path):
             checked = read_row(row, media_root=tmp_path)
             assert checked.kind == kind
             assert not missing_files(checked)
-
-
-def test_motions_are_of_clips_of_one_shape():
-    """The clip itself is not drawn a second time; what is said of it is what its scene shows."""
-    told = 0
-    for number in range(40):
-        scene = random_clip(rng_of(0, CLIPS, number))
-        rows = make_motion(number, seed=0)
-        assert len(rows) == (len(scene.shapes) == 1)
-        for row in rows:
-            assert row["video"] == [f"clips/{number:06d}.mp4"]
-            said = " ".join(turn["value"] for turn in row["conversations"] if turn["from"] == "gpt")
-            direction = seen_direction(scene, scene.shapes[0])
-            if direction is not None:
-                told += 1
-                assert ("not move" if direction == "none" else direction) in said
-    assert told > 10
 
 
 def test_the_same_seed_makes_the_same_file_in_any_order(tmp_path):
