@@ -122,19 +122,20 @@ def main() -> None:
         folder = options.cache or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         warm_up = str(make_clip(folder, WARM_UP))
-        measured = {
-            name: run_case(name, case, sides, folder, warm_up, decoder, rounds) for name, case in cases.items()
+        measured: dict[str, dict[str, Any]] = {}
+        record = {
+            "question": (__doc__ or "").splitlines()[0],
+            "command": common.command_line(__file__),
+            **environment,
+            "peer": {"decoder": decoder, "notes": notes},
+            "cases": measured,
         }
+        suffix = "_toy" if options.toy else "_quick" if options.quick else ""
+        for name, case in cases.items():
+            measured[name] = run_case(name, case, sides, folder, warm_up, decoder, rounds)
+            # After each: the whole takes three quarters of an hour.
+            common.write_json(f"video_input{suffix}", record, folder=options.output)
     show(measured)
-    record = {
-        "question": (__doc__ or "").splitlines()[0],
-        "command": common.command_line(__file__),
-        **environment,
-        "peer": {"decoder": decoder, "notes": notes},
-        "cases": measured,
-    }
-    suffix = "_toy" if options.toy else "_quick" if options.quick else ""
-    common.write_json(f"video_input{suffix}", record, folder=options.output)
 
 
 def missing(peer: dict[str, Any], decoder: str) -> list[str]:
