@@ -13,7 +13,7 @@ import torch
 from videollama3 import VideoLlama3ForCausalLM, VideoLlama3VisionModel
 from videollama3.modeling.torch_varlen import TORCH_VARLEN, varlen_obstacle
 
-from .tiny import media, prompt, text, tiny_config, tiny_vision_config
+from .tiny import media, packed_with_bounds, prompt, text, tiny_config, tiny_vision_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Eight segments of seven lengths: 12, 24, 24, 24, 35, 6, 48 and 16 patches.
@@ -135,20 +135,9 @@ def test_packed_documents_with_bounds(backend):
     _skip_where_it_does_not_run(backend, torch.bfloat16)
     torch.manual_seed(0)
     model = VideoLlama3ForCausalLM(tiny_config()).eval().to(DEVICE, torch.bfloat16)
-    lengths = [7, 12, 5]
-    documents = [prompt(text(length, seed))["input_ids"].to(DEVICE) for seed, length in enumerate(lengths)]
+    documents = [prompt(text(length, seed))["input_ids"].to(DEVICE) for seed, length in enumerate([7, 12, 5])]
     single = [model(input_ids=document).logits for document in documents]
     model.set_attn_implementation(backend)
-    bounds = torch.tensor([0, 7, 19, 24], dtype=torch.int32, device=DEVICE)
-    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(DEVICE)
-    packed = model(
-        input_ids=torch.cat(documents, dim=1),
-        position_ids=positions,
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds,
-        max_length_q=12,
-        max_length_k=12,
-    ).logits
-    for got, want in zip(packed.split(lengths, dim=1), single, strict=True):
+    for got, want in zip(packed_with_bounds(model, documents), single, strict=True):
         # bfloat16 keeps 8 bits of logits up to 0.6; not yet measured on a card.
         torch.testing.assert_close(got, want, atol=0.02, rtol=0)

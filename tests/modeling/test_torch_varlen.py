@@ -20,7 +20,7 @@ from videollama3.modeling import torch_varlen as module
 from videollama3.modeling import vision_encoder_videollama3 as encoder_module
 from videollama3.modeling.torch_varlen import TORCH_VARLEN, check_varlen, torch_varlen_attention
 
-from .tiny import image_and_video_request, media, prompt, text, tiny_config, tiny_vision_config
+from .tiny import image_and_video_request, media, packed_with_bounds, prompt, text, tiny_config, tiny_vision_config
 
 HEAD_DIM = 12
 BOUNDS = [0, 5, 6, 13, 15, 24]
@@ -114,23 +114,26 @@ def test_packed_documents_need_no_mask(install, monkeypatch, kernel):
     install(kernel)
     torch.manual_seed(0)
     model = videollama3.VideoLlama3ForCausalLM(tiny_config()).eval()
-    lengths = [7, 12, 5]
-    documents = [prompt(text(length, seed))["input_ids"] for seed, length in enumerate(lengths)]
+    documents = [prompt(text(length, seed))["input_ids"] for seed, length in enumerate([7, 12, 5])]
     single = [model(input_ids=document).logits for document in documents]
     model.set_attn_implementation({"text_config": TORCH_VARLEN})
     monkeypatch.setattr(qwen2, "create_causal_mask", lambda *args, **kwargs: pytest.fail("a mask was made"))
-    bounds = torch.tensor([0, 7, 19, 24], dtype=torch.int32)
-    packed = model(
-        input_ids=torch.cat(documents, dim=1),
-        position_ids=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds,
-        max_length_q=12,
-        max_length_k=12,
-    ).logits
-    for got, want in zip(packed.split(lengths, dim=1), single, strict=True):
-        # Measured 3e-7 of logits up to 0.6.
-        torch.testing.assert_close(got, want, atol=5e-6, rtol=0)
+    for got, want in zip(packed_with_bounds(model, documents), single, strict=True):
+        # Measured 9e-8 of logits up to 0.43.
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+def test_bounds_are_for_one_row_of_full_attention(install):
+    """The kernel reads the first row only, and knows no window."""
+    install(_kernel_2_13)
+    model = videollama3.VideoLlama3ForCausalLM(tiny_config()).eval()
+    model.set_attn_implementation({"text_config": TORCH_VARLEN})
+    document = prompt(text(7, 0))["input_ids"]
+    with pytest.raises(ValueError, match="Expected one row of documents for torch_varlen, got 2 rows"):
+        packed_with_bounds(model, [document.expand(2, -1), document.expand(2, -1)])
+    model.model.language_model.layers[0].self_attn.sliding_window = 4
+    with pytest.raises(ValueError, match="got a sliding window of 4"):
+        packed_with_bounds(model, [document, document])
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["2.10", "2.11", "2.13"])

@@ -1,5 +1,7 @@
 """Tiny configurations and hand-built media for the model's tests; sizes differ on every axis."""
 
+import itertools
+
 import torch
 
 from videollama3 import VideoLlama3Config, VideoLlama3VisionConfig
@@ -94,3 +96,19 @@ def batch(requests, *, padding_side, pad_id=301):
     for name in sorted({name for request in requests for name in request} - set(joined)):
         joined[name] = torch.cat([request[name] for request in requests if name in request])
     return joined
+
+
+def packed_with_bounds(model, documents):
+    """Logits of documents (1, tokens) in one row, with what kernels of packed sequences go by; one per document."""
+    lengths = [document.shape[1] for document in documents]
+    device = documents[0].device
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    logits = model(
+        input_ids=torch.cat(documents, dim=1),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(device),
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=max(lengths),
+        max_length_k=max(lengths),
+    ).logits
+    return logits.split(lengths, dim=1)

@@ -256,7 +256,7 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             raise ValueError("Expected input_ids together with pixel values (placeholders are found by id).")
         mask: Any = attention_mask
         if past_key_values is None and holds_documents(position_ids, attention_mask):
-            self._check_documents(inputs_embeds, use_cache)
+            self._check_documents(inputs_embeds, use_cache, has_bounds=kwargs.get("cu_seq_lens_q") is not None)
             # transformers keeps documents apart only where there is neither a mask nor a cache.
             mask, use_cache = self._documents(inputs_embeds, position_ids, attention_mask, **kwargs), False
         outputs = self.language_model(
@@ -278,14 +278,17 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             video_hidden_states=video_features,
         )
 
-    def _check_documents(self, inputs_embeds: torch.Tensor | None, use_cache: bool | None) -> None:
+    def _check_documents(
+        self, inputs_embeds: torch.Tensor | None, use_cache: bool | None, *, has_bounds: bool
+    ) -> None:
         if use_cache:
             raise ValueError(
                 "Expected use_cache=False (or None) for rows whose position_ids restart, got True: a cache of "
                 "several documents cannot be continued."
             )
         implementation = self.config.text_config._attn_implementation
-        if "flash" in implementation and inputs_embeds is not None and inputs_embeds.shape[0] != 1:
+        one_row = "flash" in implementation or (implementation == TORCH_VARLEN and has_bounds)
+        if one_row and inputs_embeds is not None and inputs_embeds.shape[0] != 1:
             raise ValueError(
                 f"Expected one row of documents for {implementation}, got {inputs_embeds.shape[0]} rows: pack them "
                 'into one, or choose "sdpa".'

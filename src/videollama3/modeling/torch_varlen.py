@@ -96,13 +96,13 @@ def torch_varlen_attention(
         cu_seq_lens_k: likewise for the keys.
         max_length_q: longest sequence of the queries.
         max_length_k: longest sequence of the keys.
-        kwargs: handed to `sdpa`.
+        kwargs: handed to `sdpa`; with bounds only `sliding_window` is looked at, and refused.
 
     Returns:
         Attended values (B, L, H, D) and None.
 
     Raises:
-        ValueError: when there are bounds and the kernel does not run here.
+        ValueError: when there are bounds and the kernel does not run here, or a sliding window.
     """
     if cu_seq_lens_q is None or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
         attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -116,6 +116,11 @@ def torch_varlen_attention(
             dropout=dropout,
             is_causal=is_causal,
             **kwargs,
+        )
+    if kwargs.get("sliding_window") is not None:
+        raise ValueError(
+            f'Expected layers of full attention for packed rows on "{TORCH_VARLEN}", got a sliding window of '
+            f'{kwargs["sliding_window"]}: choose "flash_attention_2" or "sdpa".'
         )
     head_dim = query.shape[-1]
     if not torch.compiler.is_compiling():
