@@ -11,6 +11,7 @@ Sections, each a process of its own with a time limit, so that one that fails le
 - `encoder`: so400m in bf16, 8, 32 and 180 frames of 24 x 42 patches and many small images, ours by default, ours on
   sdpa, ours with the stack of layers compiled, and transformers' own on sdpa: time, share of the ceiling, peak memory,
   largest difference;
+- `profile`: where the encoder's time goes, by kernel, and the rates of its linear layers and of sdpa's backends alone;
 - `prefill`: the 7B with 16k tokens, ours and transformers' own on sdpa, logits of the last position;
 - `request`: 180 frames at 16k visual tokens beside the 7B, in no more memory than a 24 GB card has: peak memory, time
   from file to first token, tokens per second after it, with a growing and with a static cache;
@@ -37,15 +38,16 @@ import models
 FLASH = "flash_attention_2"
 # MiB that programs can use of a card sold as 24 GB (24,564) once its context and a desktop have theirs.
 CARD_MIB = 23552
-# Seconds; together below 8 minutes.
+# Seconds; together 8 minutes.
 LIMITS = {
-    "equality": 80,
-    "matmul": 20,
-    "encoder": 110,
+    "equality": 70,
+    "matmul": 15,
+    "encoder": 100,
+    "profile": 40,
     "prefill": 70,
-    "request": 80,
-    "train": 70,
-    "demonstrator": 50,
+    "request": 75,
+    "train": 65,
+    "demonstrator": 45,
 }
 CLIPS = {"8 frames": [(8, 24, 42)], "32 frames": [(32, 24, 42)], "180 frames": [(180, 24, 42)]}
 SMALL_IMAGES = [(1, rows, columns) for rows in range(4, 28, 2) for columns in range(6, 46, 4)]
@@ -201,6 +203,53 @@ def encoder(spec: dict[str, Any]) -> dict[str, Any]:
     return {"attention": sides["ours"]._attention(tokens["ours"]).implementation, "cases": results}
 
 
+def profile(spec: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of the encoder by kernel (one pass of 58 frames), and what its parts reach alone."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    vision, device = (models.TOY_VISION if spec["toy"] else models.SO400M), spec["device"]
+    frames, rows, columns = (2, 4, 6) if spec["toy"] else (58, 24, 42)
+    model = models.build_encoder("ours", vision, device=device, dtype=torch.bfloat16)
+    model.config.reuse_identical_frames = False
+    inputs = models.patches([(frames, rows, columns)], 2, device=device)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    kind = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    with torch.inference_mode():
+        seconds = cost_of(lambda: model(*inputs), device, spec["rounds"])["seconds"]
+        with torch.profiler.profile(activities=activities) as profiler:
+            model(*inputs)
+        events = [event for event in profiler.key_averages() if getattr(event, kind) > 0]
+        if device == "cuda":
+            events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        events.sort(key=lambda event: -getattr(event, kind))
+        linear = {}
+        width, inner, heads = vision["hidden_size"], vision["intermediate_size"], vision["num_attention_heads"]
+        segment, options = rows * columns, {"device": device, "dtype": torch.bfloat16}
+        states = torch.randn(frames * segment // 3, width, **options)
+        for out in (width, 3 * width, inner):
+            layer = torch.nn.Linear(width, out, **options)
+            cost = cost_of(lambda layer=layer: layer(states), device, 4 * spec["rounds"])["seconds"]
+            linear[f"{len(states)} x {width} x {out}"] = round(2 * len(states) * width * out / cost / 1e12, 4)
+        attention = {}
+        query, key, value = torch.randn(3, frames // 2, heads, segment, width // heads, **options)
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION) if device == "cuda" else ():
+            with sdpa_kernel(backend):
+                cost = cost_of(
+                    lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value), device, 20
+                )["seconds"]
+            attention[backend.name] = round(4 * len(query) * segment**2 * width / cost / 1e12, 1)
+    return {
+        "frames": frames,
+        "seconds": seconds,
+        "ms_by_kernel": {event.key[:120]: round(getattr(event, kind) / 1000, 2) for event in events[:16]},
+        "tflops_of_linear_layers": linear,
+        "tflops_of_attention": attention,
+    }
+
+
 def prefill(spec: dict[str, Any]) -> dict[str, Any]:
     """Text of 16k tokens through the 7B, logits of the last position, transformers' own on sdpa."""
     import torch
@@ -340,32 +389,22 @@ def demonstrator(spec: dict[str, Any]) -> dict[str, Any]:
 
     root = Path(__file__).resolve().parent.parent
     sys.path.insert(0, str(root))
-    from demonstrator.evaluate import make_questions
+    from demonstrator.evaluate import answer, make_questions
     from demonstrator.questions import is_right
 
     folder = str(videollama3.demonstrator_path())
     processor = AutoProcessor.from_pretrained(folder)
     settings = {"card": (spec["device"], torch.bfloat16), "cpu": ("cpu", torch.float32)}
     said: dict[str, list[str]] = {}
-    kept: dict[str, bool] = {}
+    of_session: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as media:
         few = spec["toy"]
         questions = make_questions(Path(media), num_pictures=2 if few else 8, num_clips=2 if few else 12)
         for name, (device, dtype) in settings.items():
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval()
-            said[name] = []
-            for question in questions:
-                inputs = processor(
-                    conversation=question.messages(),
-                    add_system_prompt=question.add_system_prompt,
-                    add_generation_prompt=True,
-                    return_tensors="pt",
-                ).to(device)
-                output = model.generate(**inputs, max_new_tokens=96, do_sample=False)
-                text = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
-                said[name].append(text.strip())
+            said[name] = [one.text for one in answer(model, processor, questions)]
             if name == "card":
-                kept = _session_answers(model, processor, questions, said[name])
+                of_session = _session_answers(model, processor, questions, said[name])
     right = {
         name: sum(is_right(question.turn, text) for question, text in zip(questions, texts, strict=True))
         for name, texts in said.items()
@@ -374,7 +413,7 @@ def demonstrator(spec: dict[str, Any]) -> dict[str, Any]:
         "questions": len(questions),
         "right": right,
         "same_text": sum(one == other for one, other in zip(said["card"], said["cpu"], strict=True)),
-        **kept,
+        **of_session,
     }
 
 
@@ -395,6 +434,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "equality": equality,
     "matmul": matmul,
     "encoder": encoder,
+    "profile": profile,
     "prefill": prefill,
     "request": request,
     "train": train,

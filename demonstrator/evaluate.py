@@ -130,7 +130,7 @@ def _answer_batch(
         padding=True,
         return_tensors="pt",
         use_token_compression=prune,
-    )
+    ).to(model.device)
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -34,12 +34,22 @@ def test_prefill(tmp_path):
 def test_gpu_sections(tmp_path):
     sections = _run_toy("gpu", tmp_path)["sections"]
     assert {name: section["failed"] for name, section in sections.items() if "failed" in section} == {}
-    assert list(sections) == ["equality", "matmul", "encoder", "prefill", "request", "train", "demonstrator"]
+    assert list(sections) == [
+        "equality",
+        "matmul",
+        "encoder",
+        "profile",
+        "prefill",
+        "request",
+        "train",
+        "demonstrator",
+    ]
     assert sections["equality"]["passed"], sections["equality"]["summary"]
     for case in sections["encoder"]["cases"].values():
         for side in case.values():
             # bfloat16 rounds differently in batches of another shape: measured 0.002 of 1.
             assert side["difference_from_native"] < 0.05
+    assert sum(sections["profile"]["ms_by_kernel"].values()) > 0
     assert sections["request"]["frames"] == 3
     losses = [side["value"] for side in sections["train"]["sides"].values()]
     assert len(losses) == 4
