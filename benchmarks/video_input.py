@@ -133,7 +133,7 @@ def main() -> None:
         suffix = "_toy" if options.toy else "_quick" if options.quick else ""
         for name, case in cases.items():
             measured[name] = run_case(name, case, sides, folder, warm_up, decoder, rounds)
-            # After each: the whole takes three quarters of an hour.
+            # After each: five rounds of the whole take an hour.
             common.write_json(f"video_input{suffix}", record, folder=options.output)
     show(measured)
 
