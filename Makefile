@@ -17,7 +17,7 @@ demo: $(VENV)/installed  ## encode a clip and ask about it
 	$(VENV)/bin/videollama3 inspect demo/clip.mp4 -o demo/sheet.png
 	$(VENV)/bin/videollama3 ask demo/clip.mp4 "What color is the shape?"
 	$(VENV)/bin/videollama3 ask demo/clip.mp4 "What shape is it?"
-	$(VENV)/bin/videollama3 ask demo/clip.mp4 "How many shapes are there?"
+	$(VENV)/bin/videollama3 ask demo/clip.mp4 "Which way does the shape move?"
 
 test: $(VENV)/installed  ## the fast tests on the newest transformers
 	$(TEST) $(VENV)/bin/python -m pytest -n 2 -m "not slow"
@@ -79,6 +79,7 @@ demonstrator: $(VENV)/installed  ## train the checkpoint inside the package from
 	$(VENV)/bin/python -m demonstrator.pretrain_encoder $(DEMONSTRATOR)/data $(DEMONSTRATOR)/start $(DEMONSTRATOR)/encoder
 	$(TRAIN) demonstrator/stage1_captions.yaml
 	$(TRAIN) demonstrator/stage2_pictures.yaml
+	$(TRAIN) demonstrator/stage3_motions.yaml
 	$(TRAIN) demonstrator/stage3_clips.yaml
 	$(TRAIN) demonstrator/stage4_streams.yaml
 	$(VENV)/bin/python -m demonstrator.evaluate $(DEMONSTRATOR)/stage4 -o demonstrator/report.json

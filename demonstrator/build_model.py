@@ -27,7 +27,6 @@ from .scenes import TICK_SECONDS
 # A picture of any size becomes about so many visual tokens, 28 x 28 pixels each: the limits are the same, so the
 # authors' rule shrinks a larger picture to fewer and then rounds up to at least this.
 TOKENS_PER_PICTURE = 16
-# Two looks per second: a shape that crosses the frame within a second is still seen moving.
 FRAMES_PER_SECOND = 1 / TICK_SECONDS
 MAX_FRAMES = 64
 # Near 1 / sqrt(width). Chosen after short runs in which 0.02, the value of wide models, learnt more slowly.

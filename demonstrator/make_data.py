@@ -7,6 +7,7 @@ processes. Scenes come from `scenes.py`, words from `questions.py`.
 
     FOLDER/captions.jsonl: pictures of one shape, each described
     FOLDER/pictures.jsonl, FOLDER/clips.jsonl: each described or asked about
+    FOLDER/motions.jsonl: of those clips the ones of one shape once more, asked which way it moves and where it is when
     FOLDER/streams.jsonl: clips in which something happens, with a request to tell when
     FOLDER/review.jsonl: more pictures and clips, so that later stages forget nothing
     FOLDER/heldout_pictures.jsonl, FOLDER/heldout_clips.jsonl
@@ -29,7 +30,7 @@ import numpy as np
 
 from videollama3.processing.prompt_tokens import SYSTEM_PROMPT
 
-from .questions import BEFORE_THE_CLIP, StreamTurn, Turn, conversation, description, stream_conversation
+from .questions import BEFORE_THE_CLIP, StreamTurn, Turn, ask, conversation, description, stream_conversation
 from .scenes import Scene, random_clip, random_encoding, random_picture, write_clip, write_picture
 
 Row = dict[str, Any]
@@ -37,7 +38,7 @@ Row = dict[str, Any]
 # The command line puts the system prompt first, the processor by itself does not: both are learnt.
 SHARE_WITH_SYSTEM_PROMPT = 0.35
 SHARE_OF_DESCRIPTIONS = 0.25
-CAPTIONS, PICTURES, CLIPS, STREAMS, REVIEW, HELDOUT_PICTURES, HELDOUT_CLIPS = range(7)
+CAPTIONS, PICTURES, CLIPS, STREAMS, REVIEW, HELDOUT_PICTURES, HELDOUT_CLIPS, MOTIONS = range(8)
 _FOLDERS = ("captions", "pictures", "clips", "streams", "review", "heldout_pictures", "heldout_clips")
 
 
@@ -55,7 +56,7 @@ class Counts:
     """
 
     captions: int = 14000
-    pictures: int = 14000
+    pictures: int = 24000
     clips: int = 12000
     streams: int = 2000
     review: int = 3000
@@ -113,6 +114,19 @@ def make_clip(number: int, *, folder: Path, part: int, seed: int) -> list[Row]:
     return [_row(rng, name, "video", _talk(rng, scene))]
 
 
+def make_motion(number: int, *, seed: int) -> list[Row]:
+    """A row on a clip that `make_clip` writes, if it shows one shape: which way it moves, and where it is when."""
+    scene = random_clip(rng_of(seed, CLIPS, number))
+    if len(scene.shapes) != 1:
+        return []
+    rng = rng_of(seed, MOTIONS, number)
+    kinds = rng.permutation(["direction", "track"])
+    turns = [turn for kind in kinds if (turn := ask(rng, scene, str(kind))) is not None]
+    if all(turn.kind != "direction" for turn in turns):
+        return []
+    return [_row(rng, f"{_FOLDERS[CLIPS]}/{number:06d}.mp4", "video", turns)]
+
+
 def make_review(number: int, *, folder: Path, seed: int) -> list[Row]:
     """Writes a picture or, for odd numbers, a clip, and returns its row."""
     make = make_clip if number % 2 else make_picture
@@ -161,6 +175,7 @@ def make_data(folder: Path, *, counts: Counts, seed: int = 0, processes: int = 2
         "captions": (functools.partial(make_caption, **shared), counts.captions),
         "pictures": (functools.partial(make_picture, part=PICTURES, **shared), counts.pictures),
         "clips": (functools.partial(make_clip, part=CLIPS, **shared), counts.clips),
+        "motions": (functools.partial(make_motion, seed=seed), counts.clips),
         "streams": (functools.partial(make_stream, **shared), counts.streams),
         "review": (functools.partial(make_review, **shared), counts.review),
         "heldout_pictures": (functools.partial(make_picture, part=HELDOUT_PICTURES, **shared), counts.heldout),
@@ -169,7 +184,8 @@ def make_data(folder: Path, *, counts: Counts, seed: int = 0, processes: int = 2
     written: dict[str, int] = {}
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for name, (make, count) in parts.items():
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            if name in _FOLDERS:
+                (folder / name).mkdir(parents=True, exist_ok=True)
             written[name] = _write(folder / f"{name}.jsonl", pool.imap(make, range(count), chunksize=16))
     return written
 

@@ -6,12 +6,12 @@ what the paper's stages do.
 
     python -m demonstrator.pretrain_encoder DATA START FOLDER
 
-For each visual token three linear heads, thrown away afterwards, tell kind and colour of the shape that covers it, or
-that there is none, and where in the picture the token stands: after pruning the language model could not count it out.
-Four tokens of a picture with a red circle on the left:
+For each visual token four linear heads, thrown away afterwards, tell kind, colour and centre of the shape that covers
+it, or that there is none, and where in the picture the token stands: after pruning the language model could not count
+it out. Four tokens of a picture with a red circle on the left:
 
-    kind    circle none     colour  red none    place   (0.25, 0.25) (0.75, 0.25)
-            circle none             red none            (0.25, 0.75) (0.75, 0.75)
+    kind    circle none     colour  red none    centre  (0.2, 0.5) -    place   (0.25, 0.25) (0.75, 0.25)
+            circle none             red none            (0.2, 0.5) -            (0.25, 0.75) (0.75, 0.75)
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def picture_scene(part: int, number: int, *, seed: int) -> Scene:
     return random_picture(rng_of(seed, part, number), count=1 if part == CAPTIONS else None)
 
 
-def token_labels(scene: Scene, rows: int, columns: int) -> torch.Tensor:
-    """Kind and colour at each visual token.
+def token_labels(scene: Scene, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What shape is at each visual token.
 
     Args:
         scene: of a picture.
@@ -57,9 +57,11 @@ def token_labels(scene: Scene, rows: int, columns: int) -> torch.Tensor:
         columns: of visual tokens.
 
     Returns:
-        int64 (rows * columns, 2): 0 for none, else 1 + index in `KINDS` and in `COLORS`.
+        Kind and colour, int64 (rows * columns, 2): 0 for none, else 1 + index in `KINDS` and in `COLORS`; centre,
+        float32 (rows * columns, 2): x and y as shares of the sides, zeros for none.
     """
     labels = torch.zeros(rows, columns, 2, dtype=torch.int64)
+    centers = torch.zeros(rows, columns, 2)
     best = torch.zeros(rows, columns)
     height, width = scene.height / rows, scene.width / columns
     for shape in scene.shapes:
@@ -73,7 +75,8 @@ def token_labels(scene: Scene, rows: int, columns: int) -> torch.Tensor:
                     best[row, column] = share
                     labels[row, column, 0] = 1 + KINDS.index(shape.kind)
                     labels[row, column, 1] = 1 + COLORS.index(shape.color)
-    return labels.flatten(0, 1)
+                    centers[row, column] = torch.tensor([x / scene.width, y / scene.height])
+    return labels.flatten(0, 1), centers.flatten(0, 1)
 
 
 def token_places(rows: int, columns: int) -> torch.Tensor:
@@ -83,7 +86,7 @@ def token_places(rows: int, columns: int) -> torch.Tensor:
 
 
 class LabelledPictures(torch.utils.data.Dataset[Any]):
-    """Pictures: pixels uint8 (patches, 588), grid (3,), labels and places of their visual tokens (tokens, 2) each."""
+    """Pictures: pixels uint8 (patches, 588), grid (3,); labels, centres, places of their tokens (tokens, 2) each."""
 
     def __init__(self, folder: Path, processor: Any, files: Sequence[tuple[int, int]], *, seed: int) -> None:
         """Names the pictures.
@@ -106,14 +109,14 @@ class LabelledPictures(torch.utils.data.Dataset[Any]):
         grid = features["image_grid_thw"][0]
         merge = int(features["image_merge_sizes"][0])
         rows, columns = int(grid[1]) // merge, int(grid[2]) // merge
-        labels = token_labels(picture_scene(part, number, seed=self.seed), rows, columns)
-        return features["pixel_values"], grid, labels, token_places(rows, columns)
+        labels, centers = token_labels(picture_scene(part, number, seed=self.seed), rows, columns)
+        return features["pixel_values"], grid, labels, centers, token_places(rows, columns)
 
 
 def collate(samples: list[Any]) -> tuple[torch.Tensor, ...]:
     """Joins pictures into one pack."""
-    pixels, grids, labels, places = zip(*samples, strict=True)
-    return torch.cat(pixels), torch.stack(grids), torch.cat(labels), torch.cat(places)
+    pixels, grids, *told = zip(*samples, strict=True)
+    return torch.cat(pixels), torch.stack(grids), *(torch.cat(values) for values in told)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +127,15 @@ class Score:
         loss: of the update.
         kinds: share of the shapes' tokens whose kind was told.
         colors: likewise for the colour.
-        distance: between places told and true ones, as a share of a side.
+        center: distance between centres of shapes told and true ones, as a share of a side.
+        place: likewise of the tokens' places.
     """
 
     loss: float
     kinds: float
     colors: float
-    distance: float
+    center: float
+    place: float
 
 
 def train(
@@ -153,17 +158,17 @@ def train(
         report: called after every update.
     """
     width = encoder.config.hidden_size
-    heads = nn.ModuleList(nn.Linear(width, size) for size in (1 + len(KINDS), 1 + len(COLORS), 2))
+    heads = nn.ModuleList(nn.Linear(width, size) for size in (1 + len(KINDS), 1 + len(COLORS), 2, 2))
     named = [*encoder.named_parameters(), *heads.named_parameters()]
     optimizer = _optimizer(named, rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / num_updates))
     )
     encoder.train()
-    for pixels, grids, labels, places in batches:
+    for pixels, grids, labels, centers, places in batches:
         merges = torch.full((len(grids),), merge)
         hidden = encoder(pixel_values=pixels, grid_thw=grids, merge_sizes=merges).last_hidden_state
-        loss, score = _loss([head(hidden) for head in heads], labels, places)
+        loss, score = _loss([head(hidden) for head in heads], labels, centers, places)
         loss.backward()
         nn.utils.clip_grad_norm_([parameter for _, parameter in named], 1.0)
         optimizer.step()
@@ -186,17 +191,19 @@ def _optimizer(named: list[tuple[str, nn.Parameter]], rate: float) -> MuonWithAd
     )
 
 
-def _loss(told: list[torch.Tensor], labels: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, Score]:
-    *logits, told_places = told
-    distance = (told_places - places).abs().mean()
-    loss = distance
+def _loss(
+    told: list[torch.Tensor], labels: torch.Tensor, centers: torch.Tensor, places: torch.Tensor
+) -> tuple[torch.Tensor, Score]:
+    *logits, told_centers, told_places = told
+    there = labels[:, 0] != NONE
+    center, place = (told_centers - centers)[there].abs().mean(), (told_places - places).abs().mean()
+    loss = center + place
     for i, values in enumerate(logits):
         weight = torch.ones(values.shape[1])
         weight[NONE] = _WEIGHT_OF_NONE
         loss = loss + nn.functional.cross_entropy(values, labels[:, i], weight=weight)
-    there = labels[:, 0] != NONE
     kinds, colors = ((logits[i].argmax(dim=1) == labels[:, i])[there].float().mean().item() for i in range(2))
-    return loss, Score(loss.item(), kinds, colors, distance.item())
+    return loss, Score(loss.item(), kinds, colors, center.item(), place.item())
 
 
 class _Report:
@@ -209,10 +216,10 @@ class _Report:
         self.scores.append(score)
         if len(self.scores) % self.every == 0:
             last = [dataclasses.astuple(one) for one in self.scores[-self.every :]]
-            loss, kinds, colors, distance = np.mean(last, axis=0)
+            loss, kinds, colors, center, place = np.mean(last, axis=0)
             print(
                 f"{len(self.scores)} updates, {time.process_time() - self.started:.0f} CPU s: loss {loss:.3f}, "
-                f"kind {kinds:.1%}, colour {colors:.1%}, place {distance:.3f} of a side apart",
+                f"kind {kinds:.1%}, colour {colors:.1%}, centre {center:.3f} and place {place:.3f} of a side apart",
                 flush=True,
             )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -24,10 +25,13 @@ _MOVES: dict[Direction, str] = {
     "down": "moves down",
     "none": "does not move",
 }
+# Of the conversations on clips: an answer is as long as the others together.
+SHARE_WITH_TRACK = 0.35
 # Seconds: a request at this time stands before the first frame, where `videollama3 watch` puts it.
 BEFORE_THE_CLIP = -1.0
 # A centre this close to the line between two thirds of the frame has no clear position.
 _CLEAR_MARGIN = 0.04
+_CELL = re.compile(r"\((\d), (\d)\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Turn:
     """A question and its answer.
 
     Attributes:
-        kind: color, shape, direction, count, position, order, when, presence or caption.
+        kind: color, shape, direction, count, position, track, order, when, presence or caption.
         question: in plain English.
         answer: the sentence to learn.
         key: what an answer must contain to be right, lower case; for `when` the time in seconds.
@@ -80,23 +84,41 @@ def events(scene: Scene) -> list[Event]:
 
 def seen_direction(scene: Scene, shape: Shape) -> Direction | None:
     """Which way a shape moves in the sampled frames; None where they do not show it clearly."""
-    frames = [frame for frame in scene.sampled_frames() if shape.first_frame <= frame <= shape.last_frame]
+    frames = scene.seen_frames(shape)
     if len(frames) < 2:
         return None
     if shape.motion.direction == "none":
         return "none"
-    free = dataclasses.replace(shape.motion, wrap=None)
-    (ax, ay), (bx, by) = free.at(frames[0] / scene.rate), free.at(frames[-1] / scene.rate)
+    (ax, ay), (bx, by) = shape.motion.at(frames[0] / scene.rate), shape.motion.at(frames[-1] / scene.rate)
     moved = max(abs(ax - bx) / scene.width, abs(ay - by) / scene.height)
     return shape.motion.direction if moved >= MIN_SEEN_MOTION * 0.99 else None
 
 
-def position(scene: Scene, shape: Shape) -> str | None:
-    """Where a shape that stands is, by thirds of the frame; None for one that moves or stands between two."""
-    if shape.motion.direction != "none":
+def cell(scene: Scene, shape: Shape, frame: int = 0) -> str:
+    """Where the centre of a shape is, as column and row of a grid of 10 x 10 cells: "(0, 9)" is at the bottom left.
+
+    A centre outside the frame counts to the nearest cell.
+    """
+    x, y = shape.motion.at(frame / scene.rate)
+    column, row = (min(max(int(10 * v), 0), 9) for v in (x / scene.width, y / scene.height))
+    return f"({column}, {row})"
+
+
+def position(scene: Scene, shape: Shape, frame: int | None = None) -> str | None:
+    """Where a shape is, by thirds of the picture; None for one that stands between two or is out of sight.
+
+    Args:
+        scene: of the shape.
+        shape: one of its shapes.
+        frame: when; None for a shape that stands all the time, which one that moves does not.
+    """
+    if frame is None and shape.motion.direction != "none":
         return None
-    x, y = shape.motion.x / scene.width, shape.motion.y / scene.height
-    if any(abs(v - line) < _CLEAR_MARGIN for v in (x, y) for line in (1 / 3, 2 / 3)):
+    if frame is not None and not shape.first_frame <= frame <= shape.last_frame:
+        return None
+    x, y = shape.motion.at((frame or 0) / scene.rate)
+    x, y = x / scene.width, y / scene.height
+    if not (0 < x < 1 and 0 < y < 1) or any(abs(v - line) < _CLEAR_MARGIN for v in (x, y) for line in (1 / 3, 2 / 3)):
         return None
     row = ("top", "middle", "bottom")[min(int(y * 3), 2)]
     column = ("left", "middle", "right")[min(int(x * 3), 2)]
@@ -305,7 +327,7 @@ def _direction(rng: Rng, scene: Scene, media: str) -> Turn | None:
         media,
         NAME=name,
     )
-    answer = "It does not move." if direction == "none" else f"It moves {direction}."
+    answer = f"It {_MOVES[direction]}."
     return Turn(
         "direction",
         question,
@@ -345,26 +367,54 @@ def _count(rng: Rng, scene: Scene, media: str) -> Turn | None:
 
 def _position(rng: Rng, scene: Scene, media: str) -> Turn | None:
     shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
-    place = position(scene, shape)
+    frames = scene.sampled_frames()
+    moments = ("",) if len(frames) < 2 else ("", " at the beginning", " at first", " at the end", " at last")
+    moment = str(rng.choice(moments))
+    frame = {"": None, " at the beginning": frames[0], " at first": frames[0]}.get(moment, frames[-1])
+    place = position(scene, shape, frame)
     name = _reference(rng, scene, shape)
     if place is None or name is None:
         return None
     question = _say(
         rng,
         [
-            "Where is the NAME?",
-            "Where is the NAME?",
-            "Where is the NAME in the VIDEO?",
-            "What is the position of the NAME?",
-            "In which part of the VIDEO is the NAME?",
-            "Where do you see the NAME?",
-            "Where can the NAME be seen?",
+            "Where is the NAMEWHEN?",
+            "Where is the NAMEWHEN?",
+            "Where is the NAME in the VIDEOWHEN?",
+            "What is the position of the NAMEWHEN?",
+            "In which part of the VIDEO is the NAMEWHEN?",
+            "Where do you see the NAMEWHEN?",
+            "Where can the NAME be seenWHEN?",
+        ],
+        media,
+        NAME=name,
+        WHEN=moment,
+    )
+    said = f"{'in' if place == 'center' else 'at'} the {place}"
+    answer = f"It is at {cell(scene, shape)}, {said}." if scene.num_frames == 1 else f"It is {said}."
+    return Turn("position", question, answer, place, tuple(p for p in _POSITIONS if p not in place))
+
+
+def _track(rng: Rng, scene: Scene, media: str) -> Turn | None:
+    shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
+    name = _reference(rng, scene, shape)
+    frames = scene.seen_frames(shape)
+    if scene.num_frames == 1 or name is None or not frames:
+        return None
+    question = _say(
+        rng,
+        [
+            "Track the NAME.",
+            "Follow the NAME.",
+            "Where is the NAME second by second?",
+            "Where is the NAME at each second?",
+            "Track the NAME in the VIDEO.",
         ],
         media,
         NAME=name,
     )
-    answer = "It is in the center." if place == "center" else f"It is at the {place}."
-    return Turn("position", question, answer, place, tuple(p for p in _POSITIONS if p not in place))
+    places = ", ".join(f"{scene.label(frame):.1f} {cell(scene, shape, frame)}" for frame in frames)
+    return Turn("track", question, f"At {places}.", f"at {places}.")
 
 
 def _presence(rng: Rng, scene: Scene, media: str) -> Turn | None:
@@ -472,8 +522,7 @@ def _describe(scene: Scene, shape: Shape) -> str:
         elif shape.last_frame < scene.num_frames - 1:
             text += f" and vanishes at {scene.label(shape.last_frame + 1):.1f} seconds"
         return text.replace(f"{shape.name} and ", f"{shape.name} ")
-    place = position(scene, shape)
-    return text if place is None else f"{text} {'in' if place == 'center' else 'at'} the {place}"
+    return f"{text} at {cell(scene, shape)}"
 
 
 def caption(scene: Scene) -> str:
@@ -508,6 +557,7 @@ _MAKERS: dict[str, Callable[[Rng, Scene, str], Turn | None]] = {
     "direction": _direction,
     "count": _count,
     "position": _position,
+    "track": _track,
     "presence": _presence,
     "order": _order,
     "when": _when,
@@ -527,7 +577,7 @@ def ask(rng: Rng, scene: Scene, kind: str, *, rough: bool = True) -> Turn | None
     media = "image" if scene.num_frames == 1 else "video"
     if media == "image" and rng.random() < 0.5:
         media = "picture"
-    if not scene.shapes or (scene.num_frames == 1 and kind in ("direction", "order", "when")):
+    if not scene.shapes or (scene.num_frames == 1 and kind in ("direction", "track", "order", "when")):
         return None
     turn = _MAKERS[kind](rng, scene, media)
     if turn is None or not rough:
@@ -547,6 +597,8 @@ def conversation(rng: Rng, scene: Scene, *, max_turns: int = 6) -> list[Turn]:
     A caption, where there is one, comes last: what it says would answer every question after it.
     """
     kinds = ["color", "shape", "direction", "count", "position", "presence", "order", "when"]
+    if scene.num_frames > 1 and rng.random() < SHARE_WITH_TRACK:
+        kinds.append("track")
     turns = [turn for kind in rng.permutation(kinds) if (turn := ask(rng, scene, str(kind))) is not None]
     turns = turns[: int(rng.integers(max(1, max_turns - 2), max_turns + 1))]
     return turns + description(rng, scene) if rng.random() < 0.3 else turns
@@ -600,6 +652,12 @@ def stream_conversation(rng: Rng, scene: Scene) -> list[StreamTurn] | None:
     ]
 
 
+def _cells_agree(text: str, other: str) -> bool:
+    """Whether the same cells are named, or neighbours of them."""
+    cells = zip(_CELL.findall(text), _CELL.findall(other), strict=True)
+    return all(abs(int(a) - int(b)) <= 1 for one, two in cells for a, b in zip(one, two, strict=True))
+
+
 def is_right(turn: Turn, answer: str, *, tolerance_seconds: float = TICK_SECONDS) -> bool:
     """Whether an answer contains what it must and nothing that contradicts it.
 
@@ -612,8 +670,9 @@ def is_right(turn: Turn, answer: str, *, tolerance_seconds: float = TICK_SECONDS
     if turn.kind == "when":
         numbers = [word.strip(".,") for word in text.split() if word.strip(".,").replace(".", "", 1).isdigit()]
         return bool(numbers) and abs(float(numbers[0]) - float(turn.key)) <= tolerance_seconds + 1e-6
-    if turn.kind == "caption":
-        return text.strip() == turn.key
+    if turn.kind in ("caption", "track"):
+        told, true = (_CELL.sub("", said) for said in (text.strip(), turn.key))
+        return told == true and _cells_agree(text, turn.key)
     if turn.key not in text:
         return False
     rest = text.replace(turn.key, " ")

@@ -42,10 +42,12 @@ RATES = (10, 12, 15, 20, 24, 25, 30)
 # Clips at low rates cost less to draw and to encode; what the model sees of them is the same.
 _RATE_WEIGHTS = (0.3, 0.15, 0.15, 0.1, 0.1, 0.1, 0.1)
 MIN_SECONDS, MAX_SECONDS = 3.0, 10.0
-# The demonstrator looks at two frames per second: the frame labelled t shows the last picture before t + 0.5.
-TICK_SECONDS = 0.5
-# A shape that moves does so by at least this share of the frame, as seen in the sampled frames.
-MIN_SEEN_MOTION = 0.1
+# The demonstrator looks at one frame per second, as the model does: the frame labelled t shows the last picture before
+# t + 1.
+TICK_SECONDS = 1.0
+# A shape that moves does so by at least this share of the frame, as seen in the sampled frames: more than a cell of
+# the grid in which places are told.
+MIN_SEEN_MOTION = 0.12
 _SMOOTH_FACTOR = 4
 _NOISE_FRAMES = 5
 
@@ -61,7 +63,6 @@ class Motion:
         distance: how far it moves, in pixels.
         begin_seconds: when it begins to move.
         end_seconds: when it has arrived.
-        wrap: width and height of the frame when it comes back at the other side, else None.
     """
 
     x: float
@@ -70,15 +71,13 @@ class Motion:
     distance: float = 0.0
     begin_seconds: float = 0.0
     end_seconds: float = 1.0
-    wrap: tuple[int, int] | None = None
 
     def at(self, seconds: float) -> tuple[float, float]:
         """The centre at a time, in pixels."""
         share = (seconds - self.begin_seconds) / (self.end_seconds - self.begin_seconds)
         way = self.distance * min(max(share, 0.0), 1.0)
         dx, dy = _STEPS[self.direction]
-        x, y = self.x + dx * way, self.y + dy * way
-        return (x % self.wrap[0], y % self.wrap[1]) if self.wrap else (x, y)
+        return self.x + dx * way, self.y + dy * way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +166,15 @@ class Scene:
         """Indices of the frames that the demonstrator looks at, by the training rule of the model."""
         ticks = max(1, math.floor(Fraction(self.num_frames, self.rate) / Fraction(TICK_SECONDS)))
         return [math.ceil((k + 1) * Fraction(TICK_SECONDS) * self.rate) - 1 for k in range(ticks)]
+
+    def seen_frames(self, shape: Shape) -> list[int]:
+        """Those of the sampled frames in which a shape is in sight."""
+        return [
+            frame
+            for frame in self.sampled_frames()
+            if shape.first_frame <= frame <= shape.last_frame
+            and _is_inside(shape.motion.at(frame / self.rate), shape.size, (self.width, self.height))
+        ]
 
     def pictures(self, frames: list[int] | None = None) -> Iterator[Pixels]:
         """Pictures of some or all frames: uint8 (height, width, 3)."""
@@ -372,7 +380,7 @@ def _random_motion(
         return Motion(x, y)
     along = width if direction in ("left", "right") else height
     room = along - 2 * margin
-    style = rng.choice(["throughout", "stops", "late", "leaves", "wraps"], p=[0.55, 0.2, 0.12, 0.08, 0.05])
+    style = rng.choice(["throughout", "stops", "late", "leaves"], p=[0.6, 0.2, 0.12, 0.08])
     distance = float(rng.uniform(min(0.15 * along, room), room))
     begin, end = 0.0, seconds
     if style == "stops":
@@ -382,28 +390,23 @@ def _random_motion(
         end = begin + (seconds - begin) * float(rng.uniform(0.3, 1.0))
     elif style == "leaves":
         distance = room * float(rng.uniform(0.6, 1.0)) + size
-    elif style == "wraps":
-        distance = float(rng.uniform(0.3, 1.5)) * along
-        if distance / seconds * TICK_SECONDS > 0.2 * along:
-            return None
     slack = max(room - distance, 0.0) * float(rng.random())
-    if style == "wraps":
-        slack = room * float(rng.random())
     ahead = direction in ("right", "down")
     start = margin + slack if ahead else along - margin - slack
     x, y = (start, y) if direction in ("left", "right") else (x, start)
-    motion = Motion(x, y, direction, distance, begin, end, sides if style == "wraps" else None)
-    return motion if style == "wraps" or _is_seen(motion, along, sides, size, seconds, rate) else None
+    motion = Motion(x, y, direction, distance, begin, end)
+    return motion if _is_seen(motion, along, sides, size, seconds, rate) else None
+
+
+def _is_inside(place: tuple[float, float], size: float, sides: tuple[int, int]) -> bool:
+    """Whether a shape with its centre at this place is in sight, rather than a rest of it."""
+    return all(-size / 4 < value < side + size / 4 for value, side in zip(place, sides, strict=True))
 
 
 def _is_seen(motion: Motion, along: int, sides: tuple[int, int], size: float, seconds: float, rate: int) -> bool:
-    """Whether the frames at two per second show enough of a motion."""
+    """Whether the sampled frames show enough of a motion."""
     times = [k * TICK_SECONDS - 1 / rate for k in range(1, int(seconds / TICK_SECONDS) + 1)]
-    inside = [
-        (x, y)
-        for x, y in map(motion.at, times)
-        if -size / 4 < x < sides[0] + size / 4 and -size / 4 < y < sides[1] + size / 4
-    ]
+    inside = [place for place in map(motion.at, times) if _is_inside(place, size, sides)]
     if len(inside) < 2:
         return False
     moved = max(abs(inside[-1][0] - inside[0][0]), abs(inside[-1][1] - inside[0][1]))

@@ -3,7 +3,18 @@
 import json
 
 import numpy as np
-from demonstrator.make_data import PICTURES, Counts, make_data, make_picture, make_stream
+from demonstrator.make_data import (
+    CLIPS,
+    PICTURES,
+    Counts,
+    make_data,
+    make_motion,
+    make_picture,
+    make_stream,
+    rng_of,
+)
+from demonstrator.questions import seen_direction
+from demonstrator.scenes import TICK_SECONDS, random_clip
 from PIL import Image
 
 from videollama3.training.dataset_rows import missing_files, read_row
@@ -17,6 +28,7 @@ def test_rows_are_what_training_reads(tmp_path):
         "captions": 3,
         "pictures": 2,
         "clips": 1,
+        "motions": 1,
         "streams": 1,
         "review": 2,
         "heldout_pictures": 1,
@@ -26,6 +38,7 @@ def test_rows_are_what_training_reads(tmp_path):
         ("captions", "image"),
         ("pictures", "image"),
         ("clips", "video"),
+        ("motions", "video"),
         ("streams", "stream"),
         ("heldout_clips", "video"),
     ):
@@ -35,6 +48,20 @@ def test_rows_are_what_training_reads(tmp_path):
             checked = read_row(row, media_root=tmp_path)
             assert checked.kind == kind
             assert not missing_files(checked)
+
+
+def test_motions_are_asked_about_clips_of_one_shape():
+    scenes = [random_clip(rng_of(0, CLIPS, number)) for number in range(40)]
+    for number, scene in enumerate(scenes):
+        rows = make_motion(number, seed=0)
+        assert len(rows) <= (len(scene.shapes) == 1)
+        for row in rows:
+            assert row["video"] == [f"clips/{number:06d}.mp4"]
+            answers = {said["value"] for said in row["conversations"] if said["from"] == "gpt"}
+            direction = seen_direction(scene, scene.shapes[0])
+            assert ("It does not move." if direction == "none" else f"It moves {direction}.") in answers
+            assert any(text.startswith("At ") and ".0 (" in text for text in answers)
+    assert 10 < sum(len(make_motion(number, seed=0)) for number in range(40)) < 30
 
 
 def test_the_same_seed_makes_the_same_file_in_any_order(tmp_path):
@@ -54,5 +81,5 @@ def test_a_streaming_answer_stands_at_the_time_of_its_event(tmp_path):
     user, assistant = (message for message in row["conversation"] if message["role"] != "system")
     assert user["role"] == "user"
     assert user["time"] < 0.0, "before the first frame, as watch puts it"
-    assert 0.5 <= assistant["time"] < row["end_time"]
+    assert TICK_SECONDS <= assistant["time"] < row["end_time"]
     assert assistant["content"].endswith(" now.")

@@ -30,12 +30,15 @@ def _scene(*shapes, width=112, height=84):
 def test_a_token_tells_what_covers_it():
     # Three rows and four columns of 28 x 28; the circle fills the first, the cross lies across two.
     scene = _scene(("circle", "red", 28, 14, 14), ("cross", "blue", 20, 84, 70))
-    labels = token_labels(scene, 3, 4).view(3, 4, 2)
+    labels, centers = (values.view(3, 4, 2) for values in token_labels(scene, 3, 4))
     kinds, colors = labels[..., 0], labels[..., 1]
     circle, cross = 1 + KINDS.index("circle"), 1 + KINDS.index("cross")
     assert kinds.tolist() == [[circle, 0, 0, 0], [0, 0, 0, 0], [0, 0, cross, cross]]
     assert colors[0, 0] == 1 + COLORS.index("red")
     assert colors[2, 2] == colors[2, 3] == 1 + COLORS.index("blue")
+    torch.testing.assert_close(centers[0, 0], torch.tensor([14 / 112, 14 / 84]))
+    torch.testing.assert_close(centers[2, 2:], torch.tensor([[84 / 112, 70 / 84]] * 2))
+    assert not centers[0, 1].any()
 
 
 def test_places_are_centres():

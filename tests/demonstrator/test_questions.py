@@ -9,6 +9,7 @@ from demonstrator.questions import (
     Turn,
     ask,
     caption,
+    cell,
     conversation,
     events,
     is_right,
@@ -22,7 +23,7 @@ from .test_scenes import scene_of
 
 RED_CIRCLE = Shape("circle", "red", (255, 0, 0), 16, Motion(20, 14))
 BLUE_SQUARE = Shape("square", "blue", (0, 0, 255), 16, Motion(100, 70))
-KINDS = ("color", "shape", "direction", "count", "position", "presence", "order", "when", "caption")
+KINDS = ("color", "shape", "direction", "count", "position", "track", "presence", "order", "when", "caption")
 
 
 def rng():
@@ -41,8 +42,8 @@ def test_answers_of_a_scene_drawn_by_hand():
     assert answer(scene, "shape") == "It is a circle."
     assert answer(scene, "direction") == "It moves right."
     assert answer(scene, "count") == "There is one (1) shape."
-    assert answer(scene, "position") is None, "a shape that moves is at no place"
     assert answer(scene, "order") is None
+    assert answer(scene, "track") == "At 0.0 (3, 5), 1.0 (4, 5), 2.0 (6, 5), 3.0 (8, 5)."
     assert caption(scene) == "A red circle moves right."
 
 
@@ -57,8 +58,8 @@ def test_two_events():
     assert answer(scene, "order") == "The blue square vanishes first."
     assert answer(scene, "when") in ("At 1.0 seconds.", "At 2.0 seconds.")
     assert caption(scene) == (
-        "Two shapes: a red circle at the top left does not move and appears at 2.0 seconds and a blue square at the "
-        "bottom right does not move and vanishes at 1.0 seconds."
+        "Two shapes: a red circle at the top left does not move and appears at 2.0 seconds and a blue square vanishes "
+        "at 1.0 seconds."
     )
     user, assistant = stream_conversation(rng(), scene)
     assert (user.role, user.seconds) == ("user", BEFORE_THE_CLIP)
@@ -79,6 +80,39 @@ def test_nothing_to_stream_where_nothing_happens():
 def test_positions_by_thirds(x, y, expected):
     shape = dataclasses.replace(RED_CIRCLE, motion=Motion(x, y))
     assert position(scene_of(shape), shape) == expected
+
+
+def test_a_picture_tells_the_cell_too():
+    scene = dataclasses.replace(scene_of(RED_CIRCLE), num_frames=1)
+    assert answer(scene, "position") == "It is at (1, 1), at the top left."
+    assert caption(scene) == "A red circle at (1, 1)."
+    assert answer(scene, "track") is None
+
+
+def test_the_position_of_a_shape_that_moves_is_asked_for_at_the_beginning_and_at_the_end_only():
+    scene = scene_of(dataclasses.replace(RED_CIRCLE, motion=Motion(10, 42, "right", 90, 0, 4)))
+    generator = rng()
+    turns = [turn for _ in range(200) if (turn := ask(generator, scene, "position", rough=False)) is not None]
+    said = {(turn.question.rstrip("?").split()[-1], turn.answer) for turn in turns}
+    first, last = "It is at the left.", "It is at the right."
+    assert said == {("beginning", first), ("first", first), ("end", last), ("last", last)}
+
+
+def test_a_shape_that_leaves_is_last_seen_at_the_edge():
+    leaves = dataclasses.replace(RED_CIRCLE, motion=Motion(60, 42, "left", 90, 0, 4))
+    scene = scene_of(leaves)
+    assert scene.seen_frames(leaves) == [9, 19]
+    assert cell(scene, leaves, 39) == "(0, 5)", "the nearest to a centre outside"
+    assert answer(scene, "direction") == "It moves left."
+    assert answer(scene, "track") == "At 0.0 (3, 5), 1.0 (1, 5)."
+
+
+def test_a_shape_out_of_sight_has_no_position():
+    leaves = dataclasses.replace(RED_CIRCLE, motion=Motion(20, 42, "left", 40, 0, 4))
+    appears = dataclasses.replace(RED_CIRCLE, first_frame=22)
+    assert position(scene_of(leaves), leaves, 0) == "left"
+    assert position(scene_of(leaves), leaves, 39) is None
+    assert position(scene_of(appears), appears, 10) is None
 
 
 def test_a_motion_that_the_sampled_frames_hardly_show_is_not_asked_about():
@@ -111,8 +145,13 @@ def test_what_counts_as_right():
     assert not is_right(turn, "left, right")
     when = Turn("when", "?", "At 2.5 seconds.", "2.5")
     assert is_right(when, "At 3.0 seconds.")
-    assert not is_right(when, "At 3.5 seconds.")
+    assert not is_right(when, "At 4.0 seconds.")
     assert not is_right(when, "soon")
+    described = Turn("caption", "?", "A red circle at (0, 9).", "a red circle at (0, 9).")
+    assert is_right(described, "A red circle at (1, 8).")
+    assert not is_right(described, "A red circle at (2, 9).")
+    assert not is_right(described, "A red square at (0, 9).")
+    assert not is_right(described, "A red circle.")
 
 
 def test_questions_do_not_give_their_answer_away():

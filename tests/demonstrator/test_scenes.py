@@ -69,10 +69,10 @@ def test_shapes_appear_and_vanish():
 
 
 def test_sampled_frames_follow_the_training_rule():
-    assert scene_of(rate=10, num_frames=25).sampled_frames() == [4, 9, 14, 19, 24]
-    assert scene_of(rate=25, num_frames=60).sampled_frames() == [12, 24, 37, 49]
-    assert scene_of(rate=25).label(24) == 0.5
-    assert scene_of(rate=25).label(25) == 1.0
+    assert scene_of(rate=10, num_frames=35).sampled_frames() == [9, 19, 29]
+    assert scene_of(rate=12, num_frames=60).sampled_frames() == [11, 23, 35, 47, 59]
+    assert scene_of(rate=25).label(49) == 1.0
+    assert scene_of(rate=25).label(50) == 2.0
 
 
 def test_sampled_frames_are_those_of_the_processor(tmp_path):
@@ -82,7 +82,7 @@ def test_sampled_frames_are_those_of_the_processor(tmp_path):
         scene = random_clip(np.random.default_rng([3, number]))
         path = tmp_path / f"{number}.mp4"
         write_clip(scene, path, random_encoding(np.random.default_rng(number)))
-        metadata = VideoLlama3VideoProcessor(fps=2)(str(path), return_metadata=True)["video_metadata"][0]
+        metadata = VideoLlama3VideoProcessor(fps=1)(str(path), return_metadata=True)["video_metadata"][0]
         assert metadata.frames_indices == scene.sampled_frames()
         assert [scene.label(frame) for frame in scene.sampled_frames()] == metadata.timestamps
 

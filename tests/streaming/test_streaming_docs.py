@@ -19,8 +19,8 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
     blocks = fenced_blocks(PAGE)
     outputs = run_blocks(blocks, capsys)
     assert [language for language, _ in blocks] == ["bash", *["python"] * 4]
-    # The demonstrator looks twice a second.
-    assert "num_frames: 8" in outputs[0]
+    # The demonstrator looks once a second.
+    assert "num_frames: 4" in outputs[0]
     assert "num_frames=4" in outputs[1]
     assert "'user', 'assistant'" in outputs[2]
     assert "num_ticks=4" in outputs[4]

@@ -15,7 +15,9 @@ from videollama3.training.supervised_samples import (
     SampleTooLongError,
     balanced_positions,
     build_sample,
+    is_pruned,
 )
+from videollama3.training.training_dataset import TrainingDataset
 
 LOSSLESS = {"crf": "0", "preset": "ultrafast"}
 
@@ -128,6 +130,23 @@ def test_labels_do_not_depend_on_pruning(tiny, clip):
     assert pruned["labels"][-30:].tolist() == whole["labels"][-30:].tolist()
     for got in (pruned, whole):
         assert tiny.tokenizer.decode(got["labels"][got["labels"] != IGNORED]) == "A.<|im_end|>"
+
+
+def test_some_rows_keep_all_tokens(tiny, clip):
+    """Which ones depends on the row alone; about the share that was asked for."""
+    row = {"video": [clip], "conversations": [{"from": "human", "value": "<video>\nQ"}, {"from": "gpt", "value": "A"}]}
+    pruned, whole = (sample(row, tiny, unpruned_share=share) for share in (0.0, 1.0))
+    assert pruned["video_compression_mask"].sum() < len(pruned["video_compression_mask"])
+    assert whole["video_compression_mask"].all()
+    assert len(whole["input_ids"]) > len(pruned["input_ids"])
+    kept = [is_pruned(0.25, seed=(3, number)) for number in range(2000)]
+    assert 0.7 < np.mean(kept) < 0.8
+    assert kept[:20] == [is_pruned(0.25, seed=(3, number)) for number in range(20)]
+    assert kept != [is_pruned(0.25, seed=(4, number)) for number in range(2000)]
+    number = kept.index(False)
+    assert sample(row, tiny, seed=(3, number), unpruned_share=0.25)["video_compression_mask"].all()
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
+        TrainingDataset([row], tiny, unpruned_share=1.5)
 
 
 def test_two_images(tiny, tmp_path):

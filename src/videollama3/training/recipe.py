@@ -35,6 +35,8 @@ class ModelRecipe:
             checkpoint's processor says.
         video_merge_size: likewise for videos.
         prune: whether tokens of videos that barely change are dropped; null: as the checkpoint's processor says.
+        unpruned_share: of the samples, where videos are pruned: theirs keep all tokens, so that the model answers the
+            same either way.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
     """
 
@@ -44,6 +46,7 @@ class ModelRecipe:
     image_merge_size: int | None = None
     video_merge_size: int | None = None
     prune: bool | None = None
+    unpruned_share: float = 0.0
     gradient_checkpointing: bool = True
 
 

@@ -23,6 +23,8 @@ from ..processing.encoded_prompt import EncodedPrompt
 from .dataset_rows import TrainingRow
 
 IGNORED = -100
+# Tells this choice from the other that the same seed makes.
+_UNPRUNED = 1
 Overflow = Literal["raise", "truncate", "skip"]
 
 
@@ -41,6 +43,7 @@ class SampleOptions:
         stream_max_frames: later frames of a streaming row are dropped.
         add_system_prompt: put the released models' system prompt first.
         pixel_dtype: "uint8" (the model normalises) or "float32".
+        unpruned_share: of the rows: their videos keep all tokens where others' are pruned.
         processor_options: further options of the processor's call.
     """
 
@@ -50,6 +53,7 @@ class SampleOptions:
     stream_max_frames: int = 400
     add_system_prompt: bool = False
     pixel_dtype: str = "uint8"
+    unpruned_share: float = 0.0
     processor_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -62,7 +66,7 @@ def build_sample(
         row: from `dataset_rows.read_row`.
         processor: a `VideoLlama3Processor`.
         options: see there.
-        seed: of the choice among stream targets: the run's, and the row's number.
+        seed: of the choice among stream targets, and among rows that are not pruned: the run's, and the row's number.
 
     Returns:
         `input_ids` and `labels`, int64 (tokens,), and the media tensors that there are.
@@ -71,7 +75,8 @@ def build_sample(
         SampleTooLongError: for more than `max_length` tokens, unless they may be cut.
         ValueError: for media that cannot be read, and when no token is left to learn.
     """
-    encoded = encode_row(row, processor, options=options)
+    prune = None if options.unpruned_share == 0 or is_pruned(options.unpruned_share, seed=seed) else False
+    encoded = encode_row(row, processor, options=options, prune=prune)
     num_tokens = len(encoded.prompt.input_ids)
     if num_tokens > options.max_length:
         if options.overflow != "truncate":
@@ -87,14 +92,30 @@ def build_sample(
     return {**encoded.tensors(), "labels": torch.from_numpy(labels)}
 
 
-def encode_row(row: TrainingRow, processor: Any, *, options: SampleOptions) -> EncodedPrompt:
-    """Tokens and media of a row, without a limit on its length."""
+def is_pruned(unpruned_share: float, *, seed: tuple[int, int]) -> bool:
+    """Whether a row is among those whose videos are pruned; the same in every epoch, as lengths depend on it."""
+    return bool(np.random.default_rng([*seed, _UNPRUNED]).random() >= unpruned_share)
+
+
+def encode_row(
+    row: TrainingRow, processor: Any, *, options: SampleOptions, prune: bool | None = None
+) -> EncodedPrompt:
+    """Tokens and media of a row, without a limit on its length.
+
+    Args:
+        row: from `dataset_rows.read_row`.
+        processor: a `VideoLlama3Processor`.
+        options: see there.
+        prune: whether videos are pruned; None: as the processor says.
+    """
     shared = {
         **options.processor_options,
         "max_visual_tokens": options.max_visual_tokens,
         "pixel_dtype": options.pixel_dtype,
         "add_system_prompt": options.add_system_prompt,
     }
+    if prune is not None:
+        shared["use_token_compression"] = prune
     if row.stream is None:
         encoded: EncodedPrompt = processor.encode_conversation(row.messages, **shared)
         return encoded

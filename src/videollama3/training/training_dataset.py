@@ -64,6 +64,7 @@ class _RowReader:
         seed: int = 0,
         max_frames: int = 180,
         fps: float | None = None,
+        unpruned_share: float = 0.0,
         **processor_options: Any,
     ) -> None:
         """Keeps the options.
@@ -83,12 +84,16 @@ class _RowReader:
             seed: of the choice among stream targets.
             max_frames: of a video, spread over it.
             fps: sampled frames per second; the processor's by default.
+            unpruned_share: of the rows: their videos keep all tokens where the processor prunes, so that the model
+                learns to answer either way.
             processor_options: further options of the processor's call, for instance `image_merge_size`.
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f"Expected on_error 'raise' or 'skip', got {on_error!r}.")
         if overflow not in ("raise", "truncate", "skip"):
             raise ValueError(f"Expected overflow 'raise', 'truncate' or 'skip', got {overflow!r}.")
+        if not 0 <= unpruned_share <= 1:
+            raise ValueError(f"Expected unpruned_share between 0 and 1, got {unpruned_share}.")
         self.processor = processor
         self.media_root = None if media_root is None else os.fspath(media_root)
         self.on_error = on_error
@@ -100,6 +105,7 @@ class _RowReader:
             stream_max_frames=stream_max_frames,
             add_system_prompt=add_system_prompt,
             pixel_dtype=pixel_dtype,
+            unpruned_share=unpruned_share,
             processor_options={"max_frames": max_frames, "fps": fps, **processor_options},
         )
         # An unknown option would make every row a bad one: it shows here, where nothing is skipped.
@@ -132,8 +138,8 @@ class TrainingDataset(torch.utils.data.Dataset[Any]):
         processor: a `VideoLlama3Processor`.
         split: of a folder or Hub id.
         options: as in `_RowReader`: `media_root`, `on_error`, `pixel_dtype`, `max_length`, `overflow`,
-            `max_visual_tokens`, `stream_max_frames`, `add_system_prompt`, `seed`, `max_frames`, `fps`, and options
-            of the processor's call.
+            `max_visual_tokens`, `stream_max_frames`, `add_system_prompt`, `seed`, `max_frames`, `fps`,
+            `unpruned_share`, and options of the processor's call.
     """
 
     def __init__(self, source: Any, processor: Any, *, split: str = "train", **options: Any) -> None:

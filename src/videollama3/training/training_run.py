@@ -156,6 +156,7 @@ def _datasets(recipe: Recipe, processor: Any) -> tuple[Any, Any]:
         "seed": recipe.schedule.seed,
         "fps": data.fps,
         "max_frames": data.max_frames,
+        "unpruned_share": recipe.model.unpruned_share,
     }
     held_out = TrainingDataset(list(data.eval), processor, **options) if data.eval else None
     if data.streaming:
