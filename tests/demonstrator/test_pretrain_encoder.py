@@ -76,7 +76,8 @@ def test_the_encoder_learns(drawn):
     batch = collate([pictures[i] for i in range(len(pictures))])
     before = encoder.embeddings.patch_embedding.weight.detach().clone()
     scores = []
-    train(encoder, [batch] * 40, num_updates=40, merge=2, rate=2e-3, report=scores.append)
+    torch.manual_seed(0)  # of the heads
+    train(encoder, [batch] * 60, num_updates=60, merge=2, rate=2e-3, report=scores.append)
     assert not torch.equal(before, encoder.embeddings.patch_embedding.weight)
     assert scores[-1].loss < 0.6 * scores[0].loss
     assert scores[-1].colors > 0.6
