@@ -19,7 +19,7 @@ _KINDS = {
     "presence": "Is there a red circle?",
     "order": "What happened first?",
     "when": "When does the red circle appear?",
-    "caption": "What happens in the video? (the whole sentence right)",
+    "caption": "What happens in the video? (the whole sentence right; cells of places may be one off)",
 }
 _SCENES = {"video": "all clips", "one": "one shape", "several": "several shapes", "events": "shapes that come and go"}
 

@@ -149,26 +149,38 @@ def _visual_tokens(inputs: Any, questions: list[Question]) -> list[tuple[int, in
 
 
 def summarize(questions: list[Question], pruned: list[Answer], whole: list[Answer] | None) -> dict[str, Any]:
-    """Accuracies, agreement and the share of pruned tokens."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for question, said in zip(questions, pruned, strict=True):
-        correct = is_right(question.turn, said.text)
-        for name in (f"{question.media}/{question.turn.kind}", f"{question.scene}/{question.turn.kind}"):
-            if name.split("/")[0] != "picture":
-                right[name].append(correct)
+    """Accuracies with and without pruning, agreement and the share of pruned tokens."""
     clips = {q.path: a for q, a in zip(questions, pruned, strict=True) if q.media == "video"}
     tokens, kept = (sum(getattr(a, name) for a in clips.values()) for name in ("num_tokens", "num_kept"))
     report: dict[str, Any] = {
-        "accuracy": {
-            name: {"percent": round(100 * sum(v) / len(v), 1), "questions": len(v)}
-            for name, v in sorted(right.items())
-        },
+        "accuracy": _accuracy(questions, pruned),
         "pruned_percent": round(100 * (1 - kept / tokens), 1) if tokens else None,
     }
     if whole is not None:
         same = [a.text == b.text for q, a, b in zip(questions, pruned, whole, strict=True) if q.media == "video"]
-        report["same_without_pruning"] = {"percent": round(100 * sum(same) / len(same), 1), "questions": len(same)}
+        report["same_without_pruning"] = _share(same)
+        scores = _accuracy(questions, whole)
+        report["accuracy_without_pruning"] = {k: v for k, v in scores.items() if not k.startswith("image/")}
     return report
+
+
+def _accuracy(questions: list[Question], answers: list[Answer]) -> dict[str, dict[str, float]]:
+    """Right answers by media and kind and by scene and kind; direction also by whether the shape stands."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for question, said in zip(questions, answers, strict=True):
+        turn = question.turn
+        kinds = [turn.kind]
+        if turn.kind == "direction":
+            kinds.append("direction, stands" if turn.key == "not move" else "direction, moves")
+        for scene in dict.fromkeys((question.media, question.scene)):
+            if scene != "picture":
+                for kind in kinds:
+                    right[f"{scene}/{kind}"].append(is_right(turn, said.text))
+    return {name: _share(values) for name, values in sorted(right.items())}
+
+
+def _share(values: list[bool]) -> dict[str, float]:
+    return {"percent": round(100 * sum(values) / len(values), 1), "questions": len(values)}
 
 
 def evaluate(

@@ -25,7 +25,7 @@ from .questions import conversation, description, stream_conversation
 from .scenes import TICK_SECONDS, random_clip, random_picture
 
 VOCABULARY_SIZE = 600
-# A frame's header ",Time 3.5s:" becomes three tokens, and its number is the one that answers "when".
+# A frame's header ",Time 3.0s:" becomes three tokens, and its number is the one that answers "when".
 _WORDS = Regex(r",Time|Time| ?\d+\.\d|s:| ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]+|\s+")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .scenes import MIN_SEEN_MOTION, TICK_SECONDS, Direction, Scene, Shape
+from .scenes import MIN_SEEN_MOTION, Direction, Scene, Shape
 
 Rng = np.random.Generator
 
@@ -27,6 +27,8 @@ _MOVES: dict[Direction, str] = {
 }
 # Of the conversations on clips: an answer is as long as the others together.
 SHARE_WITH_TRACK = 0.35
+# Seconds by which an answer to "when" may be off: with ticks of a second, none.
+WHEN_TOLERANCE = 0.5
 # Seconds: a request at this time stands before the first frame, where `videollama3 watch` puts it.
 BEFORE_THE_CLIP = -1.0
 # A centre this close to the line between two thirds of the frame has no clear position.
@@ -658,7 +660,7 @@ def _cells_agree(text: str, other: str) -> bool:
     return all(abs(int(a) - int(b)) <= 1 for one, two in cells for a, b in zip(one, two, strict=True))
 
 
-def is_right(turn: Turn, answer: str, *, tolerance_seconds: float = TICK_SECONDS) -> bool:
+def is_right(turn: Turn, answer: str, *, tolerance_seconds: float = WHEN_TOLERANCE) -> bool:
     """Whether an answer contains what it must and nothing that contradicts it.
 
     Args:

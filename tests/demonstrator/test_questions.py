@@ -145,7 +145,7 @@ def test_what_counts_as_right():
     assert not is_right(turn, "left, right")
     when = Turn("when", "?", "At 2.5 seconds.", "2.5")
     assert is_right(when, "At 3.0 seconds.")
-    assert not is_right(when, "At 4.0 seconds.")
+    assert not is_right(when, "At 3.5 seconds.")
     assert not is_right(when, "soon")
     described = Turn("caption", "?", "A red circle at (0, 9).", "a red circle at (0, 9).")
     assert is_right(described, "A red circle at (1, 8).")
