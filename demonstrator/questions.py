@@ -1,7 +1,7 @@
 """Questions in plain English on a scene, with true answers, in many wordings; captions and streaming turns.
 
 A `Scene` and a random generator enter, question-and-answer pairs leave, each with its kind and what counts as right;
-drawing is left to `scenes.py`, files to `make_data.py`.
+drawing is left to `scenes.py`, what is true to `scene_facts.py`, files to `make_data.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .scenes import MIN_SEEN_MOTION, Direction, Scene, Shape
+from .scene_facts import cell, events, position, seen_direction
+from .scenes import Direction, Scene, Shape
 
 Rng = np.random.Generator
 
@@ -31,8 +32,7 @@ SHARE_WITH_TRACK = 0.35
 WHEN_TOLERANCE = 0.5
 # Seconds: a request at this time stands before the first frame, where `videollama3 watch` puts it.
 BEFORE_THE_CLIP = -1.0
-# A centre this close to the line between two thirds of the frame has no clear position.
-_CLEAR_MARGIN = 0.04
+# A cell of the 10 x 10 grid, as `scene_facts.cell` names it.
 _CELL = re.compile(r"\((\d), (\d)\)")
 
 
@@ -53,80 +53,6 @@ class Turn:
     answer: str
     key: str
     others: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """A shape appears or vanishes.
-
-    Attributes:
-        frame: index of the first frame that differs.
-        shape: which one.
-        verb: appears or vanishes.
-    """
-
-    frame: int
-    shape: Shape
-    verb: str
-
-
-# ---------------------------------------------------------------------- facts
-
-
-def events(scene: Scene) -> list[Event]:
-    """What appears and vanishes, in order of time."""
-    found = [Event(shape.first_frame, shape, "appears") for shape in scene.shapes if shape.first_frame > 0]
-    found += [
-        Event(shape.last_frame + 1, shape, "vanishes")
-        for shape in scene.shapes
-        if shape.last_frame < scene.num_frames - 1
-    ]
-    return sorted(found, key=lambda event: event.frame)
-
-
-def seen_direction(scene: Scene, shape: Shape) -> Direction | None:
-    """Which way a shape moves in the sampled frames; None where they do not show it clearly."""
-    frames = scene.seen_frames(shape)
-    if len(frames) < 2:
-        return None
-    if shape.motion.direction == "none":
-        return "none"
-    (ax, ay), (bx, by) = shape.motion.at(frames[0] / scene.rate), shape.motion.at(frames[-1] / scene.rate)
-    moved = max(abs(ax - bx) / scene.width, abs(ay - by) / scene.height)
-    return shape.motion.direction if moved >= MIN_SEEN_MOTION * 0.99 else None
-
-
-def cell(scene: Scene, shape: Shape, frame: int = 0) -> str:
-    """Where the centre of a shape is, as column and row of a grid of 10 x 10 cells: "(0, 9)" is at the bottom left.
-
-    A centre outside the frame counts to the nearest cell.
-    """
-    x, y = shape.motion.at(frame / scene.rate)
-    column, row = (min(max(int(10 * v), 0), 9) for v in (x / scene.width, y / scene.height))
-    return f"({column}, {row})"
-
-
-def position(scene: Scene, shape: Shape, frame: int | None = None) -> str | None:
-    """Where a shape is, by thirds of the picture; None for one that stands between two or is out of sight.
-
-    Args:
-        scene: of the shape.
-        shape: one of its shapes.
-        frame: when; None for a shape that stands all the time, which one that moves does not.
-    """
-    if frame is None and shape.motion.direction != "none":
-        return None
-    if frame is not None and not shape.first_frame <= frame <= shape.last_frame:
-        return None
-    x, y = shape.motion.at((frame or 0) / scene.rate)
-    x, y = x / scene.width, y / scene.height
-    if not (0 < x < 1 and 0 < y < 1) or any(abs(v - line) < _CLEAR_MARGIN for v in (x, y) for line in (1 / 3, 2 / 3)):
-        return None
-    row = ("top", "middle", "bottom")[min(int(y * 3), 2)]
-    column = ("left", "middle", "right")[min(int(x * 3), 2)]
-    if row == column:
-        return "center"
-    return row if column == "middle" else column if row == "middle" else f"{row} {column}"
 
 
 _POSITIONS = (

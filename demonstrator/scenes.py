@@ -1,7 +1,7 @@
 """Coloured shapes on dark backgrounds: random scenes, their pictures at any time, and mp4 or png files of them.
 
-A random generator enters, a `Scene` leaves, from which pictures, files and true answers follow; wording questions is
-left to `questions.py`. Frame size, rate, length, sizes, speeds, drawing style, noise and compression all vary, so
+A random generator enters, a `Scene` leaves, from which pictures, files and true answers follow; what is true of it is
+left to `scene_facts.py`. Frame size, rate, length, sizes, speeds, drawing style, noise and compression all vary, so
 that a model trained on these clips is not tied to one renderer.
 """
 

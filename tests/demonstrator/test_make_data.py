@@ -13,7 +13,7 @@ from demonstrator.make_data import (
     make_stream,
     rng_of,
 )
-from demonstrator.questions import seen_direction
+from demonstrator.scene_facts import seen_direction
 from demonstrator.scenes import TICK_SECONDS, random_clip
 from PIL import Image
 

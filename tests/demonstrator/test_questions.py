@@ -9,14 +9,11 @@ from demonstrator.questions import (
     Turn,
     ask,
     caption,
-    cell,
     conversation,
-    events,
     is_right,
-    position,
-    seen_direction,
     stream_conversation,
 )
+from demonstrator.scene_facts import cell, events, position, seen_direction
 from demonstrator.scenes import Motion, Shape, random_clip, random_picture
 
 from .test_scenes import scene_of

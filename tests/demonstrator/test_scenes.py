@@ -5,7 +5,7 @@ import io
 import av
 import numpy as np
 import pytest
-from demonstrator.questions import seen_direction
+from demonstrator.scene_facts import seen_direction
 from demonstrator.scenes import (
     COLORS,
     KINDS,
