@@ -242,8 +242,7 @@ def test_what_stays_with_the_mask():
 @pytest.mark.parametrize("part", ["layers", "language_model", "whole"])
 @torch.no_grad()
 def test_a_compiled_decoder_gives_the_same(part):
-    # Without a cache, as in training: inside a graph the restarts are left to transformers, which misses them with one.
-    model, row = _model(), {**_row(), "use_cache": False}
+    model, row = _model(), _row()
     expected = model(**row).logits
     if part == "layers":
         for layer in model.model.language_model.layers:

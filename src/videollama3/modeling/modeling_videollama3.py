@@ -222,7 +222,8 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
                 nothing of those before it in its row.
             past_key_values: cache to read and extend.
             inputs_embeds: (batch, sequence, width) instead of `input_ids`; not together with media.
-            use_cache: whether to return a cache.
+            use_cache: whether to return a cache; None: as the configuration says, but not where documents are packed,
+                and not inside a compiled graph that was given positions, which cannot tell whether they restart.
             pixel_values: (patches of all images, 588), float or uint8.
             image_grid_thw: int64 (images, 3).
             image_merge_sizes: int64 (images,).
@@ -259,6 +260,9 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             self._check_documents(inputs_embeds, use_cache, has_bounds=kwargs.get("cu_seq_lens_q") is not None)
             # transformers keeps documents apart only where there is neither a mask nor a cache.
             mask, use_cache = self._documents(inputs_embeds, position_ids, attention_mask, **kwargs), False
+        elif past_key_values is None and position_ids is not None and use_cache is None:
+            # Inside a graph nobody can look whether positions restart; without a cache transformers' mask has them.
+            use_cache = False if torch.compiler.is_compiling() else None
         outputs = self.language_model(
             input_ids=None,
             attention_mask=mask,
@@ -468,7 +472,8 @@ class VideoLlama3ForCausalLM(VideoLlama3PreTrainedModel, GenerationMixin):
             past_key_values: cache.
             inputs_embeds: (batch, sequence, width) instead of `input_ids`.
             labels: int64 (batch, sequence), aligned with `input_ids`, -100 where not supervised.
-            use_cache: whether to return a cache.
+            use_cache: whether to return a cache; None: as the configuration says, but not where documents are packed,
+                and not inside a compiled graph that was given positions, which cannot tell whether they restart.
             pixel_values: (patches of all images, 588).
             image_grid_thw: int64 (images, 3).
             image_merge_sizes: int64 (images,).
