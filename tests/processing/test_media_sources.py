@@ -6,6 +6,7 @@ import http.server
 import io
 import re
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import GOLDEN
+from videollama3.processing import media_sources
 from videollama3.processing.media_sources import describe, frames_to_rgb, load_picture, open_source
 
 
@@ -45,6 +47,17 @@ class _QuietHandler(http.server.SimpleHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "/picture.png")
             self.end_headers()
+        elif self.path in ("/cut", "/endless", "/slow"):
+            self.send_response(200)
+            if self.path == "/cut":
+                self.send_header("Content-Length", "3000")
+            self.end_headers()
+            for _ in range({"/cut": 1, "/endless": 10_000, "/slow": 100}[self.path]):
+                try:
+                    self.wfile.write(bytes(1000))
+                except OSError:
+                    return
+                time.sleep(0.05 if self.path == "/slow" else 0)
         elif self.path == "/secret":
             self.send_error(403, "Forbidden")
         else:
@@ -128,6 +141,33 @@ def test_http_errors(server):
         ValueError, match=r"^Expected image 3 with content, got http://127\.0\.0\.1:.*: it is empty\.$"
     ):
         load_picture(f"{server}/empty.png", what="image 3")
+
+
+@pytest.mark.parametrize(
+    ("path", "seconds", "expected"),
+    [
+        ("cut", 60, "the download broke off after 1000 of 3000 bytes"),
+        ("endless", 60, "it has more bytes, and at most 50000 are downloaded; fetch it yourself and give the path"),
+        ("slow", 0.2, r"the download was not over after 0.2 seconds, and \d+ bytes"),
+        ("picture.png", 60, None),
+    ],
+)
+def test_downloads_have_an_end(server, monkeypatch, path, seconds, expected):
+    monkeypatch.setattr(media_sources, "MAX_DOWNLOAD_BYTES", 50_000)
+    url = f"{server}/{path}"
+    if expected is None:
+        assert open_source(url, what="video 1", max_seconds=seconds).read(4) == b"\x89PNG"
+        return
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"^Expected video 1 at a URL that answers, got '{url}': {expected}\.$"):
+        open_source(url, what="video 1", max_seconds=seconds)
+    assert time.monotonic() - started < 3
+
+
+def test_a_size_that_is_too_large_is_refused_before_it_comes(server, monkeypatch):
+    monkeypatch.setattr(media_sources, "MAX_DOWNLOAD_BYTES", 10)
+    with pytest.raises(ValueError, match=r"it has \d+ bytes, and at most 10 are downloaded"):
+        open_source(f"{server}/picture.png", what="video 1")
 
 
 def test_a_server_that_is_not_there():

@@ -12,8 +12,8 @@ import http.client
 import io
 import os
 import re
-import shutil
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from typing import Any, BinaryIO
@@ -27,14 +27,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Pixels = npt.NDArray[np.uint8]
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 _DOWNLOAD_TIMEOUT_SECONDS = 60
+# Larger files are for the caller to fetch, to a disk that he chose.
+MAX_DOWNLOAD_BYTES = 32 * 2**30
 
 
-def open_source(source: Any, *, what: str) -> str | BinaryIO:
+def open_source(source: Any, *, what: str, max_seconds: float = 3600.0) -> str | BinaryIO:
     """Resolves a reference to a local path or a seekable binary stream.
 
     Args:
         source: a path, an http(s), file or data URL, bytes, or a binary file object.
         what: how to call it in errors, for instance "video 2".
+        max_seconds: a download takes at most so long.
 
     Returns:
         A path that exists, or a stream.
@@ -42,14 +45,15 @@ def open_source(source: Any, *, what: str) -> str | BinaryIO:
     Raises:
         FileNotFoundError: for a path that does not exist.
         TypeError: for an object that is none of these.
-        ValueError: for an empty stream or a broken data URL.
+        ValueError: for an empty stream, a broken data URL, a download that breaks off or is larger than
+            `MAX_DOWNLOAD_BYTES`, or takes too long.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _nonempty(io.BytesIO(bytes(source)), what)
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     if isinstance(source, str):
-        return _open_string(source, what)
+        return _open_string(source, what, max_seconds)
     if hasattr(source, "read") and hasattr(source, "seek") and not isinstance(source, io.TextIOBase):
         return _nonempty(source, what)
     raise TypeError(
@@ -67,10 +71,10 @@ def describe(source: Any) -> str:
     return str(name) if isinstance(name, str) else f"<{type(source).__name__}>"
 
 
-def _open_string(source: str, what: str) -> str | BinaryIO:
+def _open_string(source: str, what: str, max_seconds: float) -> str | BinaryIO:
     scheme = source.split(":", 1)[0].lower() if re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+:", source) else ""
     if scheme in ("http", "https"):
-        return _nonempty(_download(source, what), what, describe(source))
+        return _nonempty(_download(source, what, max_seconds), what, describe(source))
     if scheme == "data":
         return _nonempty(_decode_data_url(source, what), what)
     path = unquote(urlsplit(source).path) if scheme == "file" else os.path.expanduser(source)
@@ -85,13 +89,13 @@ def _open_string(source: str, what: str) -> str | BinaryIO:
     return path
 
 
-def _download(url: str, what: str) -> BinaryIO:
+def _download(url: str, what: str, max_seconds: float) -> BinaryIO:
     # Not through huggingface_hub's session: a user's media server is no Hub, and HF_HUB_OFFLINE not about it.
     file = _TemporaryDownload()
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "videollama3"})
         with _web_opener().open(request, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response:
-            shutil.copyfileobj(response, file.file)
+            _copy(response, file.file, max_seconds)
         return file  # type: ignore[return-value] # has what readers use of a binary file
     except urllib.error.HTTPError as error:
         error.close()
@@ -101,6 +105,26 @@ def _download(url: str, what: str) -> BinaryIO:
         ) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ValueError(f"Expected {what} at a URL that answers, got {describe(url)!r}: {error}.") from error
+
+
+def _copy(response: http.client.HTTPResponse, file: BinaryIO, max_seconds: float) -> None:
+    """Writes what a server sends, as it comes; ValueError where that is too much, too slow, or not all."""
+    declared = response.length
+    end = time.monotonic() + max_seconds
+    received = 0
+    # Not in blocks of a fixed size: those of a server that sends a byte a minute would take for ever.
+    while chunk := response.read1(2**20):
+        received += len(chunk)
+        if max(received, declared or 0) > MAX_DOWNLOAD_BYTES:
+            raise ValueError(
+                f"it has {declared or 'more'} bytes, and at most {MAX_DOWNLOAD_BYTES} are downloaded; fetch it "
+                "yourself and give the path"
+            )
+        if time.monotonic() > end:
+            raise ValueError(f"the download was not over after {max_seconds:g} seconds, and {received} bytes")
+        file.write(chunk)
+    if declared is not None and received < declared:
+        raise ValueError(f"the download broke off after {received} of {declared} bytes")
 
 
 class _TemporaryDownload:

@@ -170,7 +170,7 @@ def _plan_one(source: Any, option: VideoOptions, siblings: list[VideoOptions], n
         if not all(is_frame(frame) or isinstance(frame, (str, os.PathLike)) for frame in source):
             raise TypeError(f"Expected {name} as a list of pictures (PIL, array, tensor or path), got {source!r:.80}.")
         return _plan_frames(list(source), option, name)
-    opened = open_source(source, what=name)
+    opened = open_source(source, what=name, max_seconds=option.limits.max_seconds)
     if isinstance(opened, str) and os.path.isdir(opened):
         return _plan_folder(opened, option, name)
     if option.timestamps is not None or option.metadata is not None:

@@ -53,7 +53,8 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
         compression_threshold: mean absolute difference of normalised values, times 255, above which a token
             is kept; the released models' 0.1 means 0.05 grey levels.
         compression_min_tokens: kept in every frame.
-        max_read_seconds: opening or decoding one video takes at most so long, or raises TimeoutError.
+        max_read_seconds: opening or decoding one video takes at most so long, or raises TimeoutError; so does
+            downloading it, or raises ValueError.
         max_frame_pixels: a video with larger frames is refused.
         max_duration_seconds: a longer video is refused.
         kwargs: the settings of `VideoLlama3PixelProcessor`.
@@ -190,7 +191,7 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
             timestamps: labels in seconds, for one video given as frames.
             video_metadata: of videos given as frames, one record each.
             do_sample_frames: whether frames in memory are still to be sampled.
-            max_read_seconds: opening or decoding one video takes at most so long.
+            max_read_seconds: downloading, opening or decoding one video takes at most so long.
             merge_size: side of a block of patches that becomes one visual token.
             min_tokens: a picture below this many visual tokens is enlarged.
             max_tokens: visual tokens of one request, before pruning.

@@ -80,7 +80,7 @@ class Source:
             with self._open_live() as opened:
                 yield opened
             return
-        local = open_source(self._source, what="the source")
+        local = open_source(self._source, what="the source", max_seconds=self._limits.max_seconds)
         if isinstance(local, str) and os.path.isdir(local):
             raise ValueError(f"Expected the source as a video, got the folder {local!r}: use show_video.")
         with open_video(local, name="the source", limits=self._limits) as opened:
