@@ -4,7 +4,9 @@ Folders of runs with checkpoints enter; JSON and an SVG picture leave, accuracy 
 training samples. It shows the paper's thesis in miniature: pictures first, then video, against questions on video
 from the start with a fresh encoder.
 
-    python -m demonstrator.learning_curve OUTPUT --run NAME FOLDER [FOLDER ...] --run NAME FOLDER
+    python -m demonstrator.learning_curve OUTPUT --run NAME SAMPLES FOLDER [FOLDER ...] --run NAME SAMPLES FOLDER
+
+    SAMPLES: seen before the first folder's, such as the pictures of the encoder's own training
 """
 
 from __future__ import annotations
@@ -28,10 +30,9 @@ _COLORS = {"color": "#c0392b", "shape": "#2471a3", "direction": "#1e8449"}
 _DASHES = ("", "6 4", "2 3")
 
 
-def checkpoints(stages: list[Path]) -> list[tuple[int, Path]]:
-    """Checkpoints of stages that follow each other, with the samples seen until then."""
+def checkpoints(stages: list[Path], before: int = 0) -> list[tuple[int, Path]]:
+    """Checkpoints of stages that follow each other, with the samples seen until then, `before` the first included."""
     found: list[tuple[int, Path]] = []
-    before = 0
     for stage in stages:
         record = json.loads((stage / "training_record.json").read_text(encoding="utf-8"))
         state = json.loads((stage / "trainer_state.json").read_text(encoding="utf-8"))
@@ -91,16 +92,16 @@ def main() -> None:
     """Evaluates all checkpoints and writes OUTPUT.json and OUTPUT.svg."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--run", nargs="+", action="append", required=True, metavar="NAME FOLDER")
+    parser.add_argument("--run", nargs="+", action="append", required=True, metavar="NAME SAMPLES FOLDER")
     parser.add_argument("--clips", type=int, default=80)
     options = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         asked = make_questions(Path(folder), num_pictures=0, num_clips=options.clips, seed=HELDOUT_SEED + 1)
         questions = [question for question in asked if question.scene == "one" and question.turn.kind in KINDS]
-        for name, *stages in options.run:
+        for name, before, *stages in options.run:
             runs[name] = []
-            for samples, checkpoint in checkpoints([Path(stage) for stage in stages]):
+            for samples, checkpoint in checkpoints([Path(stage) for stage in stages], int(before)):
                 runs[name].append({"samples": samples, **accuracies(checkpoint, questions)})
                 print(name, runs[name][-1], flush=True)
     options.output.with_suffix(".json").write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
