@@ -39,6 +39,7 @@ def render_card(report: dict[str, Any], watching: dict[str, Any] | None) -> str:
 
 def _accuracy(report: dict[str, Any]) -> str:
     scores, same = report["accuracy"], report["same_without_pruning"]
+    same_by_kind = report["same_without_pruning_by_question"]
 
     def cell(scene: str, kind: str) -> str:
         score = scores.get(f"{scene}/{kind}")
@@ -59,10 +60,15 @@ def _accuracy(report: dict[str, Any]) -> str:
         "(`python -m demonstrator.evaluate`).",
         "",
         f"Pruning drops {report['pruned_percent']:g} % of the clips' visual tokens. Without it {same['percent']:g} % "
-        f"of {same['questions']} answers are the same, word for word.",
+        f"of {same['questions']} answers are the same, word for word; on clips of one shape, to the first four "
+        f"questions above, {', '.join(_percent(same_by_kind.get(f'one/{kind}')) for kind in list(_KINDS)[:4])}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _percent(score: dict[str, float] | None) -> str:
+    return "-" if score is None else f"{score['percent']:g} %"
 
 
 def _watching(summary: dict[str, Any]) -> str:

@@ -153,30 +153,34 @@ def summarize(questions: list[Question], pruned: list[Answer], whole: list[Answe
     clips = {q.path: a for q, a in zip(questions, pruned, strict=True) if q.media == "video"}
     tokens, kept = (sum(getattr(a, name) for a in clips.values()) for name in ("num_tokens", "num_kept"))
     report: dict[str, Any] = {
-        "accuracy": _accuracy(questions, pruned),
+        "accuracy": _by_question(questions, _right(questions, pruned)),
         "pruned_percent": round(100 * (1 - kept / tokens), 1) if tokens else None,
     }
     if whole is not None:
-        same = [a.text == b.text for q, a, b in zip(questions, pruned, whole, strict=True) if q.media == "video"]
+        on_clips = [i for i, question in enumerate(questions) if question.media == "video"]
+        asked = [questions[i] for i in on_clips]
+        same = [pruned[i].text == whole[i].text for i in on_clips]
         report["same_without_pruning"] = _share(same)
-        scores = _accuracy(questions, whole)
-        report["accuracy_without_pruning"] = {k: v for k, v in scores.items() if not k.startswith("image/")}
+        report["same_without_pruning_by_question"] = _by_question(asked, same)
+        report["accuracy_without_pruning"] = _by_question(asked, _right(asked, [whole[i] for i in on_clips]))
     return report
 
 
-def _accuracy(questions: list[Question], answers: list[Answer]) -> dict[str, dict[str, float]]:
-    """Right answers by media and kind and by scene and kind; direction also by whether the shape stands."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for question, said in zip(questions, answers, strict=True):
+def _right(questions: list[Question], answers: list[Answer]) -> list[bool]:
+    return [is_right(question.turn, said.text) for question, said in zip(questions, answers, strict=True)]
+
+
+def _by_question(questions: list[Question], values: list[bool]) -> dict[str, dict[str, float]]:
+    """Shares by media and kind and by scene and kind; of direction also by how far the shape moves."""
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for question, value in zip(questions, values, strict=True):
         turn = question.turn
-        kinds = [turn.kind]
-        if turn.kind == "direction":
-            kinds.append("direction, stands" if turn.key == "not move" else "direction, moves")
+        kinds = [turn.kind, f"{turn.kind}, {turn.detail}"] if turn.detail else [turn.kind]
         for scene in dict.fromkeys((question.media, question.scene)):
             if scene != "picture":
                 for kind in kinds:
-                    right[f"{scene}/{kind}"].append(is_right(turn, said.text))
-    return {name: _share(values) for name, values in sorted(right.items())}
+                    groups[f"{scene}/{kind}"].append(value)
+    return {name: _share(group) for name, group in sorted(groups.items())}
 
 
 def _share(values: list[bool]) -> dict[str, float]:

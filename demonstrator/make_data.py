@@ -7,9 +7,12 @@ processes. Scenes come from `scenes.py`, words from `questions.py`.
 
     FOLDER/captions.jsonl: pictures of one shape, each described
     FOLDER/pictures.jsonl, FOLDER/clips.jsonl: each described or asked about
-    FOLDER/motions.jsonl: of those clips the ones of one shape once more, asked which way it moves and where it is when
+    FOLDER/motions.jsonl: of those clips the ones of one shape once more, asked which way it moves and where it is
+        when; those of shapes that stand twice
+    FOLDER/directions.jsonl: the former alone, of shapes that stand or move little above all
     FOLDER/streams.jsonl: clips in which something happens, with a request to tell when
     FOLDER/review.jsonl: more pictures and clips, so that later stages forget nothing
+    FOLDER/presences.jsonl: these once more, asked whether something is there, and how many are
     FOLDER/heldout_pictures.jsonl, FOLDER/heldout_clips.jsonl
     FOLDER/captions/000000.png, FOLDER/clips/000000.mp4, ...: the files of each
 """
@@ -31,6 +34,7 @@ import numpy as np
 from videollama3.processing.prompt_tokens import SYSTEM_PROMPT
 
 from .questions import BEFORE_THE_CLIP, StreamTurn, Turn, ask, conversation, description, stream_conversation
+from .scene_facts import seen_direction, seen_motion
 from .scenes import Scene, random_clip, random_encoding, random_picture, write_clip, write_picture
 
 Row = dict[str, Any]
@@ -38,7 +42,11 @@ Row = dict[str, Any]
 # The command line puts the system prompt first, the processor by itself does not: both are learnt.
 SHARE_WITH_SYSTEM_PROMPT = 0.35
 SHARE_OF_DESCRIPTIONS = 0.25
-CAPTIONS, PICTURES, CLIPS, STREAMS, REVIEW, HELDOUT_PICTURES, HELDOUT_CLIPS, MOTIONS = range(8)
+SHARE_WITH_TRACK_FIRST = 0.25
+SHARE_WITH_SYSTEM_PROMPT_LATE = 0.75
+# Of the frame's width or height.
+LARGE_MOTION = 0.3
+CAPTIONS, PICTURES, CLIPS, STREAMS, REVIEW, HELDOUT_PICTURES, HELDOUT_CLIPS, MOTIONS, DIRECTIONS, PRESENCES = range(10)
 _FOLDERS = ("captions", "pictures", "clips", "streams", "review", "heldout_pictures", "heldout_clips")
 
 
@@ -77,8 +85,10 @@ def row_of(turns: list[Turn], *, media: dict[str, list[str]], tag: str, system_p
     return {**media, "conversations": said}
 
 
-def _row(rng: np.random.Generator, name: str, kind: str, turns: list[Turn]) -> Row:
-    system_prompt = bool(rng.random() < SHARE_WITH_SYSTEM_PROMPT)
+def _row(
+    rng: np.random.Generator, name: str, kind: str, turns: list[Turn], system_prompts: float = SHARE_WITH_SYSTEM_PROMPT
+) -> Row:
+    system_prompt = bool(rng.random() < system_prompts)
     return row_of(turns, media={kind: [name]}, tag=f"<{kind}>", system_prompt=system_prompt)
 
 
@@ -115,22 +125,60 @@ def make_clip(number: int, *, folder: Path, part: int, seed: int) -> list[Row]:
 
 
 def make_motion(number: int, *, seed: int) -> list[Row]:
-    """A row on a clip that `make_clip` writes, if it shows one shape: which way it moves, and where it is when."""
+    """Rows on a clip that `make_clip` writes, if it shows one shape: which way it moves, and where it is when.
+
+    A shape that stands is asked about in two rows: one that moves is seen far more often and each of its directions is
+    told by what differs between frames, whereas to stand is that nothing does.
+    """
     scene = random_clip(rng_of(seed, CLIPS, number))
     if len(scene.shapes) != 1:
         return []
     rng = rng_of(seed, MOTIONS, number)
-    kinds = rng.permutation(["direction", "track"])
-    turns = [turn for kind in kinds if (turn := ask(rng, scene, str(kind))) is not None]
-    if all(turn.kind != "direction" for turn in turns):
+    rows = []
+    for _ in range(2 if seen_direction(scene, scene.shapes[0]) == "none" else 1):
+        # The direction mostly first: after the places it could be read off them.
+        kinds = ["track", "direction"] if rng.random() < SHARE_WITH_TRACK_FIRST else ["direction", "track"]
+        turns = [turn for kind in kinds if (turn := ask(rng, scene, kind)) is not None]
+        if any(turn.kind == "direction" for turn in turns):
+            rows.append(_row(rng, f"{_FOLDERS[CLIPS]}/{number:06d}.mp4", "video", turns))
+    return rows
+
+
+def make_direction(number: int, *, seed: int) -> list[Row]:
+    """Rows on a clip that `make_clip` writes, if it shows one shape: which way it moves, mostly after a system prompt.
+
+    More of what is learnt last: half of the large motions are left out, half of the shapes that stand come twice.
+    """
+    scene = random_clip(rng_of(seed, CLIPS, number))
+    if len(scene.shapes) != 1:
         return []
-    return [_row(rng, f"{_FOLDERS[CLIPS]}/{number:06d}.mp4", "video", turns)]
+    rng = rng_of(seed, DIRECTIONS, number)
+    direction, amount = seen_direction(scene, scene.shapes[0]), seen_motion(scene, scene.shapes[0])
+    if direction is None or (amount >= LARGE_MOTION and number % 2):
+        return []
+    name = f"{_FOLDERS[CLIPS]}/{number:06d}.mp4"
+    turns = [ask(rng, scene, "direction") for _ in range(2 if direction == "none" and number % 2 else 1)]
+    return [_row(rng, name, "video", [turn], SHARE_WITH_SYSTEM_PROMPT_LATE) for turn in turns if turn is not None]
 
 
 def make_review(number: int, *, folder: Path, seed: int) -> list[Row]:
     """Writes a picture or, for odd numbers, a clip, and returns its row."""
     make = make_clip if number % 2 else make_picture
     return make(number, folder=folder, part=REVIEW, seed=seed)
+
+
+def make_presence(number: int, *, seed: int) -> list[Row]:
+    """A row on a file that `make_review` writes: whether two shapes are there, and how many are.
+
+    Trained on directions, the model says yes to all.
+    """
+    rng = rng_of(seed, REVIEW, number)
+    scene, kind, suffix = (random_clip(rng), "video", "mp4") if number % 2 else (random_picture(rng), "image", "png")
+    rng = rng_of(seed, PRESENCES, number)
+    asked = [ask(rng, scene, kind) for kind in ("presence", "count", "presence")]
+    turns = [turn for turn in asked if turn is not None]
+    name = f"{_FOLDERS[REVIEW]}/{number:06d}.{suffix}"
+    return [_row(rng, name, kind, turns, SHARE_WITH_SYSTEM_PROMPT_LATE)] if turns else []
 
 
 def make_stream(number: int, *, folder: Path, seed: int) -> list[Row]:
@@ -176,8 +224,10 @@ def make_data(folder: Path, *, counts: Counts, seed: int = 0, processes: int = 2
         "pictures": (functools.partial(make_picture, part=PICTURES, **shared), counts.pictures),
         "clips": (functools.partial(make_clip, part=CLIPS, **shared), counts.clips),
         "motions": (functools.partial(make_motion, seed=seed), counts.clips),
+        "directions": (functools.partial(make_direction, seed=seed), counts.clips),
         "streams": (functools.partial(make_stream, **shared), counts.streams),
         "review": (functools.partial(make_review, **shared), counts.review),
+        "presences": (functools.partial(make_presence, seed=seed), counts.review),
         "heldout_pictures": (functools.partial(make_picture, part=HELDOUT_PICTURES, **shared), counts.heldout),
         "heldout_clips": (functools.partial(make_clip, part=HELDOUT_CLIPS, **shared), counts.heldout),
     }

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .scene_facts import cell, events, position, seen_direction
-from .scenes import Direction, Scene, Shape
+from .scene_facts import cell, events, position, seen_direction, seen_motion
+from .scenes import COLORS, KINDS, Direction, Scene, Shape
 
 Rng = np.random.Generator
 
@@ -46,6 +46,7 @@ class Turn:
         answer: the sentence to learn.
         key: what an answer must contain to be right, lower case; for `when` the time in seconds.
         others: words of the same kind that a right answer must not contain.
+        detail: what makes it easier or harder than others of its kind, for the report; empty where nothing does.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Turn:
     answer: str
     key: str
     others: tuple[str, ...] = ()
+    detail: str = ""
 
 
 _POSITIONS = (
@@ -256,12 +258,17 @@ def _direction(rng: Rng, scene: Scene, media: str) -> Turn | None:
         NAME=name,
     )
     answer = f"It {_MOVES[direction]}."
+    if direction == "none":
+        detail = "stands"
+    else:
+        detail = "moves a fifth or more" if seen_motion(scene, shape) >= 0.2 else "moves less than a fifth"
     return Turn(
         "direction",
         question,
         answer,
         "not move" if direction == "none" else direction,
         ("left", "right", "up", "down", "not move"),
+        detail,
     )
 
 
@@ -350,10 +357,8 @@ def _presence(rng: Rng, scene: Scene, media: str) -> Turn | None:
     if rng.random() < 0.5:
         color, kind = shape.color, shape.kind
     else:
-        kinds: tuple[str, ...] = ("circle", "square", "triangle", "cross")
-        colors: tuple[str, ...] = ("red", "green", "blue", "yellow", "purple", "white")
-        color = str(rng.choice(colors)) if rng.random() < 0.5 else shape.color  # type: ignore[assignment]
-        kind = str(rng.choice(kinds))  # type: ignore[assignment]
+        color = str(rng.choice(COLORS)) if rng.random() < 0.5 else shape.color  # type: ignore[assignment]
+        kind = str(rng.choice(KINDS))  # type: ignore[assignment]
     there = any(s.color == color and s.kind == kind for s in scene.shapes)
     question = _say(
         rng,

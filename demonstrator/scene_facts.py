@@ -39,16 +39,22 @@ def events(scene: Scene) -> list[Event]:
     return sorted(found, key=lambda event: event.frame)
 
 
+def seen_motion(scene: Scene, shape: Shape) -> float:
+    """How far a shape gets from the first to the last sampled frame that shows it, as a share of the frame's side."""
+    frames = scene.seen_frames(shape)
+    if not frames:
+        return 0.0
+    (ax, ay), (bx, by) = shape.motion.at(frames[0] / scene.rate), shape.motion.at(frames[-1] / scene.rate)
+    return max(abs(ax - bx) / scene.width, abs(ay - by) / scene.height)
+
+
 def seen_direction(scene: Scene, shape: Shape) -> Direction | None:
     """Which way a shape moves in the sampled frames; None where they do not show it clearly."""
-    frames = scene.seen_frames(shape)
-    if len(frames) < 2:
+    if len(scene.seen_frames(shape)) < 2:
         return None
     if shape.motion.direction == "none":
         return "none"
-    (ax, ay), (bx, by) = shape.motion.at(frames[0] / scene.rate), shape.motion.at(frames[-1] / scene.rate)
-    moved = max(abs(ax - bx) / scene.width, abs(ay - by) / scene.height)
-    return shape.motion.direction if moved >= MIN_SEEN_MOTION * 0.99 else None
+    return shape.motion.direction if seen_motion(scene, shape) >= MIN_SEEN_MOTION * 0.99 else None
 
 
 def cell(scene: Scene, shape: Shape, frame: int = 0) -> str:

@@ -14,6 +14,11 @@ REPORT = {
     },
     "pruned_percent": 41.2,
     "same_without_pruning": {"percent": 98.7, "questions": 700},
+    "same_without_pruning_by_question": {
+        "one/color": {"percent": 100.0, "questions": 200},
+        "one/shape": {"percent": 99.0, "questions": 200},
+        "one/direction": {"percent": 97.5, "questions": 200},
+    },
 }
 
 
@@ -23,6 +28,7 @@ def test_figures_are_those_of_the_reports():
     assert "| Which way does the shape move? |  | 97 % of 100 |" in card
     assert "| What shape is it? |  |  |  |  | 96 % of 50 |" in card
     assert "Pruning drops 41.2 % of the clips' visual tokens. Without it 98.7 % of 700 answers" in card
+    assert "to the first four questions above, 100 %, 99 %, 97.5 %, -." in card
     assert "| missed | 3 |" in card
     assert "| mean delay in seconds | - |" in card
     assert "## Watching" not in render_card(REPORT, None)

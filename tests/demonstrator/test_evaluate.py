@@ -10,7 +10,14 @@ from demonstrator import evaluate as evaluation
 
 TURNS = [
     Turn("color", "What color is it?", "The shape is red.", "red", ("red", "green", "blue")),
-    Turn("direction", "Which way does it move?", "It moves up.", "up", ("left", "right", "up", "down", "not move")),
+    Turn(
+        "direction",
+        "Which way does it move?",
+        "It does not move.",
+        "not move",
+        ("left", "right", "up", "down", "not move"),
+        "stands",
+    ),
 ]
 
 
@@ -19,24 +26,29 @@ def test_accuracy_agreement_and_pruned_share():
         Question("b.png", "image", "picture", TURNS[0], False)
     ]
     pruned = [Answer("It is red.", 100, 20), Answer("It moves left.", 100, 20), Answer("blue", 0, 0)]
-    whole = [Answer("It is red.", 100, 100), Answer("It moves up.", 100, 100), Answer("blue", 0, 0)]
+    whole = [Answer("It is red.", 100, 100), Answer("It does not move.", 100, 100), Answer("blue", 0, 0)]
     assert summarize(questions, pruned, whole) == {
         "accuracy": {
             "image/color": {"percent": 0.0, "questions": 1},
             "one/color": {"percent": 100.0, "questions": 1},
             "one/direction": {"percent": 0.0, "questions": 1},
-            "one/direction, moves": {"percent": 0.0, "questions": 1},
+            "one/direction, stands": {"percent": 0.0, "questions": 1},
             "video/color": {"percent": 100.0, "questions": 1},
             "video/direction": {"percent": 0.0, "questions": 1},
-            "video/direction, moves": {"percent": 0.0, "questions": 1},
+            "video/direction, stands": {"percent": 0.0, "questions": 1},
         },
         "accuracy_without_pruning": {
             f"{scene}/{kind}": {"percent": 100.0, "questions": 1}
             for scene in ("one", "video")
-            for kind in ("color", "direction", "direction, moves")
+            for kind in ("color", "direction", "direction, stands")
         },
         "pruned_percent": 80.0,
         "same_without_pruning": {"percent": 50.0, "questions": 2},
+        "same_without_pruning_by_question": {
+            f"{scene}/{kind}": {"percent": percent, "questions": 1}
+            for scene in ("one", "video")
+            for kind, percent in (("color", 100.0), ("direction", 0.0), ("direction, stands", 0.0))
+        },
     }
 
 

@@ -8,6 +8,7 @@ from demonstrator.make_data import (
     PICTURES,
     Counts,
     make_data,
+    make_direction,
     make_motion,
     make_picture,
     make_stream,
@@ -29,8 +30,10 @@ def test_rows_are_what_training_reads(tmp_path):
         "pictures": 2,
         "clips": 1,
         "motions": 1,
+        "directions": 1,
         "streams": 1,
         "review": 2,
+        "presences": 2,
         "heldout_pictures": 1,
         "heldout_clips": 1,
     }
@@ -39,6 +42,7 @@ def test_rows_are_what_training_reads(tmp_path):
         ("pictures", "image"),
         ("clips", "video"),
         ("motions", "video"),
+        ("directions", "video"),
         ("streams", "stream"),
         ("heldout_clips", "video"),
     ):
@@ -54,14 +58,26 @@ def test_motions_are_asked_about_clips_of_one_shape():
     scenes = [random_clip(rng_of(0, CLIPS, number)) for number in range(40)]
     for number, scene in enumerate(scenes):
         rows = make_motion(number, seed=0)
-        assert len(rows) <= (len(scene.shapes) == 1)
+        if len(scene.shapes) != 1:
+            assert not rows
         for row in rows:
             assert row["video"] == [f"clips/{number:06d}.mp4"]
             answers = {said["value"] for said in row["conversations"] if said["from"] == "gpt"}
             direction = seen_direction(scene, scene.shapes[0])
             assert ("It does not move." if direction == "none" else f"It moves {direction}.") in answers
             assert any(text.startswith("At ") and ".0 (" in text for text in answers)
-    assert 10 < sum(len(make_motion(number, seed=0)) for number in range(40)) < 30
+            assert len(rows) == (2 if direction == "none" else 1)
+    assert 10 < sum(len(make_motion(number, seed=0)) > 0 for number in range(40)) < 30
+
+
+def test_directions_are_asked_alone_and_mostly_after_the_system_prompt():
+    rows = [row for number in range(60) for row in make_direction(number, seed=0)]
+    assert 20 < len(rows) < 45
+    with_system_prompt = [row for row in rows if row["conversations"][0]["from"] == "system"]
+    assert 0.5 < len(with_system_prompt) / len(rows) < 0.95
+    for row in rows:
+        (answer,) = (said["value"] for said in row["conversations"] if said["from"] == "gpt")
+        assert answer == "It does not move." or answer.startswith("It moves ")
 
 
 def test_the_same_seed_makes_the_same_file_in_any_order(tmp_path):
