@@ -354,11 +354,11 @@ def _track(rng: Rng, scene: Scene, media: str) -> Turn | None:
 
 def _presence(rng: Rng, scene: Scene, media: str) -> Turn | None:
     shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
-    if rng.random() < 0.5:
-        color, kind = shape.color, shape.kind
-    else:
-        color = str(rng.choice(COLORS)) if rng.random() < 0.5 else shape.color  # type: ignore[assignment]
-        kind = str(rng.choice(KINDS))  # type: ignore[assignment]
+    color: str = shape.color
+    kind: str = shape.kind
+    if rng.random() >= 0.5:
+        color = str(rng.choice(COLORS)) if rng.random() < 0.5 else color
+        kind = str(rng.choice(KINDS))
     there = any(s.color == color and s.kind == kind for s in scene.shapes)
     question = _say(
         rng,

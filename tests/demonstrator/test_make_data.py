@@ -52,6 +52,8 @@ def test_rows_are_what_training_reads(tmp_path):
             checked = read_row(row, media_root=tmp_path)
             assert checked.kind == kind
             assert not missing_files(checked)
+    for line in (tmp_path / "presences.jsonl").read_text().splitlines():
+        assert not missing_files(read_row(json.loads(line), media_root=tmp_path))
 
 
 def test_motions_are_asked_about_clips_of_one_shape():

@@ -27,7 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Pixels = npt.NDArray[np.uint8]
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 _DOWNLOAD_TIMEOUT_SECONDS = 60
-# Larger files are for the caller to fetch, to a disk that he chose.
+# Larger files are for the caller to fetch, to a disk of their choice.
 MAX_DOWNLOAD_BYTES = 32 * 2**30
 
 
@@ -112,17 +112,23 @@ def _copy(response: http.client.HTTPResponse, file: BinaryIO, max_seconds: float
     declared = response.length
     end = time.monotonic() + max_seconds
     received = 0
-    # Not in blocks of a fixed size: those of a server that sends a byte a minute would take for ever.
-    while chunk := response.read1(2**20):
-        received += len(chunk)
+    chunk = b""
+    while True:
         if max(received, declared or 0) > MAX_DOWNLOAD_BYTES:
             raise ValueError(
                 f"it has {declared or 'more'} bytes, and at most {MAX_DOWNLOAD_BYTES} are downloaded; fetch it "
                 "yourself and give the path"
             )
         if time.monotonic() > end:
-            raise ValueError(f"the download was not over after {max_seconds:g} seconds, and {received} bytes")
+            raise ValueError(
+                f"the download was not over after {max_seconds:g} seconds and {received} bytes; fetch it yourself and "
+                "give the path, or raise the limit (`max_read_seconds` of a video)"
+            )
         file.write(chunk)
+        # Not in blocks of a fixed size: those of a server that sends a byte a minute would take for ever.
+        if not (chunk := response.read1(2**20)):
+            break
+        received += len(chunk)
     if declared is not None and received < declared:
         raise ValueError(f"the download broke off after {received} of {declared} bytes")
 
