@@ -260,10 +260,10 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             self._check_documents(inputs_embeds, use_cache, has_bounds=kwargs.get("cu_seq_lens_q") is not None)
             # transformers keeps documents apart only where there is neither a mask nor a cache.
             mask, use_cache = self._documents(inputs_embeds, position_ids, attention_mask, **kwargs), False
-        elif past_key_values is None and use_cache is None and position_ids is not None and torch.compiler.is_compiling():
+        elif torch.compiler.is_compiling() and past_key_values is None and position_ids is not None:
             # Inside a graph nobody can look whether positions restart: transformers' mask follows them where there is
             # neither a mask nor a cache.
-            use_cache = False
+            use_cache = bool(use_cache)
         outputs = self.language_model(
             input_ids=None,
             attention_mask=mask,
