@@ -183,6 +183,19 @@ def test_chunks_equal_one_pass(monkeypatch):
     passes.clear()
     _encode(encoder, pixels, grid_thw, merge_sizes)
     assert passes == [len(pixels)], "with gradients nothing is saved by chunks"
+    passes.clear()
+    frozen = _encode(encoder.requires_grad_(False), pixels, grid_thw, merge_sizes)
+    assert passes == [36, 24, 24, 35, 30, 16], "a frozen encoder keeps nothing for gradients, whatever learns after it"
+    assert not frozen.requires_grad
+    assert torch.equal(frozen, chunked)
+    passes.clear()
+    _encode(encoder, pixels.clone().requires_grad_(), grid_thw, merge_sizes).sum().backward()
+    assert passes == [len(pixels)], "gradients of pixels pass through a frozen encoder"
+    passes.clear()
+    # What DeepSpeed's ZeRO-3 marks its parameters with; DeepSpeed itself does not run here.
+    next(encoder.encoder.layers[0].parameters()).ds_id = 0
+    _encode(encoder, pixels, grid_thw, merge_sizes)
+    assert passes == [len(pixels)], "processes that share weights call their layers equally often"
 
 
 # --- pixels ---

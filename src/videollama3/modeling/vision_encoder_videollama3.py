@@ -76,12 +76,14 @@ class Attention(NamedTuple):
 
 
 def gathers_weights(layer: nn.Module) -> bool:
-    """Whether a layer fetches its weights from other processes at every call (FSDP, also of the first kind).
+    """Whether a layer fetches its weights from other processes at every call (FSDP of both kinds, ZeRO-3).
 
     Such processes call their layers equally often, or they wait for each other for ever.
     """
-    # By name: `fully_shard` makes a class FSDP<name of the layer's class>.
-    return type(layer).__name__.startswith(("FSDP", "FullyShardedDataParallel"))
+    # By name: `fully_shard` makes a class FSDP<name of the layer's class>, DeepSpeed numbers the parameters it divides.
+    if type(layer).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
+        return True
+    return any(hasattr(parameter, "ds_id") for parameter in layer.parameters())
 
 
 def activation_bytes_per_patch(config: VideoLlama3VisionConfig, dtype: torch.dtype) -> int:
@@ -364,8 +366,17 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
             _exactly_one("merge_sizes", merge_sizes, image_merge_sizes, kwargs),
         )
         self._check_pixels(pixel_values, grids)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self._learns(pixel_values):
             return BaseModelOutputWithPooling(last_hidden_state=self._encode(pixel_values, grids))
+        with torch.no_grad():
+            return BaseModelOutputWithPooling(last_hidden_state=self._encode_in_chunks(pixel_values, grids))
+
+    def _learns(self, pixel_values: torch.Tensor) -> bool:
+        """Whether a gradient goes into the encoder: a frozen one runs as in inference, whatever is trained after it."""
+        return pixel_values.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+
+    def _encode_in_chunks(self, pixel_values: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
+        """Repeated frames once, and no more segments at a time than the budget of bytes allows."""
         repeated = None
         if self.config.reuse_identical_frames:
             pixel_values, grids, repeated = distinct_frames(pixel_values, grids)
@@ -373,7 +384,7 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         sizes = [sum(grid.num_patches for grid in chunk) for chunk in chunks]
         parts = [self._encode(part, chunk) for part, chunk in zip(pixel_values.split(sizes), chunks, strict=True)]
         tokens = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens if repeated is None else tokens[repeated])
+        return tokens if repeated is None else tokens[repeated]
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Transformers' check, which also lets "torch_varlen" pass where the package is not imported.
