@@ -7,8 +7,8 @@ processes. Scenes come from `scenes.py`, words from `questions.py`.
 
     FOLDER/captions.jsonl: pictures of one shape, each described
     FOLDER/pictures.jsonl, FOLDER/clips.jsonl: each described or asked about
-    FOLDER/motions.jsonl: of those clips the ones of one shape once more, asked which way it moves and where it is
-        when; those of shapes that stand twice
+    FOLDER/motions.jsonl: of those clips the ones of one shape once more, asked which way it moves, where it is when
+        and what is there; those of shapes that stand or move little twice
     FOLDER/directions.jsonl: the former alone, of shapes that stand or move little above all
     FOLDER/streams.jsonl: clips in which something happens, with a request to tell when
     FOLDER/review.jsonl: more pictures and clips, so that later stages forget nothing
@@ -41,10 +41,15 @@ Row = dict[str, Any]
 
 # The command line puts the system prompt first, the processor by itself does not: both are learnt.
 SHARE_WITH_SYSTEM_PROMPT = 0.35
-SHARE_OF_DESCRIPTIONS = 0.25
-SHARE_WITH_TRACK_FIRST = 0.25
+SHARE_WITH_SYSTEM_PROMPT_MOTIONS = 0.5
 SHARE_WITH_SYSTEM_PROMPT_LATE = 0.75
+SHARE_OF_DESCRIPTIONS = 0.25
+# Of the questions on motions: where the shape is at each second, and whether that comes before its direction.
+SHARE_WITH_TRACK = 0.5
+SHARE_WITH_TRACK_FIRST = 0.25
+SHARE_WITH_PRESENCE = 0.5
 # Of the frame's width or height.
+SMALL_MOTION = 0.2
 LARGE_MOTION = 0.3
 CAPTIONS, PICTURES, CLIPS, STREAMS, REVIEW, HELDOUT_PICTURES, HELDOUT_CLIPS, MOTIONS, DIRECTIONS, PRESENCES = range(10)
 _FOLDERS = ("captions", "pictures", "clips", "streams", "review", "heldout_pictures", "heldout_clips")
@@ -127,20 +132,25 @@ def make_clip(number: int, *, folder: Path, part: int, seed: int) -> list[Row]:
 def make_motion(number: int, *, seed: int) -> list[Row]:
     """Rows on a clip that `make_clip` writes, if it shows one shape: which way it moves, and where it is when.
 
-    A shape that stands is asked about in two rows: one that moves is seen far more often and each of its directions is
-    told by what differs between frames, whereas to stand is that nothing does.
+    A shape that stands or moves little is asked about in two rows: one that moves far is seen more often, and its
+    direction is told by more that differs between frames.
     """
     scene = random_clip(rng_of(seed, CLIPS, number))
     if len(scene.shapes) != 1:
         return []
     rng = rng_of(seed, MOTIONS, number)
     rows = []
-    for _ in range(2 if seen_direction(scene, scene.shapes[0]) == "none" else 1):
-        # The direction mostly first: after the places it could be read off them.
-        kinds = ["track", "direction"] if rng.random() < SHARE_WITH_TRACK_FIRST else ["direction", "track"]
+    for _ in range(2 if seen_motion(scene, scene.shapes[0]) < SMALL_MOTION else 1):
+        kinds = ["direction"]
+        if rng.random() < SHARE_WITH_TRACK:
+            # The direction mostly first: after the places it could be read off them.
+            kinds.insert(0 if rng.random() < SHARE_WITH_TRACK_FIRST else 1, "track")
+        if rng.random() < SHARE_WITH_PRESENCE:
+            kinds.append("presence")
         turns = [turn for kind in kinds if (turn := ask(rng, scene, kind)) is not None]
         if any(turn.kind == "direction" for turn in turns):
-            rows.append(_row(rng, f"{_FOLDERS[CLIPS]}/{number:06d}.mp4", "video", turns))
+            name = f"{_FOLDERS[CLIPS]}/{number:06d}.mp4"
+            rows.append(_row(rng, name, "video", turns, SHARE_WITH_SYSTEM_PROMPT_MOTIONS))
     return rows
 
 
