@@ -80,7 +80,7 @@ def gathers_weights(layer: nn.Module) -> bool:
 
     Such processes call their layers equally often, or they wait for each other for ever.
     """
-    # By name: `fully_shard` makes a class FSDP<name of the layer's class>, DeepSpeed numbers the parameters it divides.
+    # By name: `fully_shard` makes a class FSDP<name of the layer's class>; DeepSpeed numbers what it divides.
     if type(layer).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
         return True
     return any(hasattr(parameter, "ds_id") for parameter in layer.parameters())
@@ -372,7 +372,7 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
             return BaseModelOutputWithPooling(last_hidden_state=self._encode_in_chunks(pixel_values, grids))
 
     def _learns(self, pixel_values: torch.Tensor) -> bool:
-        """Whether a gradient goes into the encoder: a frozen one runs as in inference, whatever is trained after it."""
+        """Whether a gradient goes into the encoder; a frozen one runs as in inference."""
         return pixel_values.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
 
     def _encode_in_chunks(self, pixel_values: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
