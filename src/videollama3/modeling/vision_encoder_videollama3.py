@@ -75,15 +75,15 @@ class Attention(NamedTuple):
     function: Callable[..., Any]
 
 
-def gathers_weights(layer: nn.Module) -> bool:
-    """Whether a layer fetches its weights from other processes at every call (FSDP of both kinds, ZeRO-3).
+def gathers_weights(module: nn.Module) -> bool:
+    """Whether a part of a module fetches its weights from other processes at every call (FSDP of both kinds, ZeRO-3).
 
-    Such processes call their layers equally often, or they wait for each other for ever.
+    Such processes call it equally often, or they wait for each other for ever.
     """
-    # By name: `fully_shard` makes a class FSDP<name of the layer's class>; DeepSpeed numbers what it divides.
-    if type(layer).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
+    # By name: `fully_shard` makes a class FSDP<name of the part's class>; DeepSpeed numbers what it divides.
+    if any(type(part).__name__.startswith(("FSDP", "FullyShardedDataParallel")) for part in module.modules()):
         return True
-    return any(hasattr(parameter, "ds_id") for parameter in layer.parameters())
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def activation_bytes_per_patch(config: VideoLlama3VisionConfig, dtype: torch.dtype) -> int:
@@ -381,7 +381,7 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         repeated = None
         if self.config.reuse_identical_frames:
             pixel_values, grids, repeated = distinct_frames(pixel_values, grids)
-        chunks = [grids] if gathers_weights(self.encoder.layers[0]) else chunk_grids(grids, self._max_patches())
+        chunks = [grids] if gathers_weights(self.encoder) else chunk_grids(grids, self._max_patches())
         sizes = [sum(grid.num_patches for grid in chunk) for chunk in chunks]
         parts = [self._encode(part, chunk) for part, chunk in zip(pixel_values.split(sizes), chunks, strict=True)]
         tokens = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -9,10 +9,8 @@ their number: what one big batch would give, however rows and processes share it
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling import supervised_loss as loss_module
-from ..modeling import vision_encoder_videollama3 as encoder_module
 from ..modeling.torch_varlen import TORCH_VARLEN
 from .collator import IGNORE_INDEX, PackingCollator
 from .length_index import Progress, measure_sample, sample_lengths
@@ -323,7 +320,7 @@ class VideoLlama3Trainer(Trainer):
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        with torch.no_grad(), _one_encoder_pass(self.is_sharded):
+        with torch.no_grad():
             for batch in dataloader:
                 inputs = self._prepare_inputs(batch)
                 loss = model(**inputs, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
@@ -373,15 +370,3 @@ class _Epochs(TrainerCallback):
         sampler = self.trainer.train_sampler
         if sampler is not None:
             sampler.set_epoch(state.global_step // (sampler.num_packs // sampler.packs_per_update))
-
-
-@contextlib.contextmanager
-def _one_encoder_pass(needed: bool) -> Iterator[None]:
-    """Keeps the encoder from dividing its work by memory: shards are gathered once per pass, on all processes."""
-    before = encoder_module.MAX_ACTIVATION_BYTES_PER_CHUNK
-    if needed:
-        encoder_module.MAX_ACTIVATION_BYTES_PER_CHUNK = 1 << 62
-    try:
-        yield
-    finally:
-        encoder_module.MAX_ACTIVATION_BYTES_PER_CHUNK = before
