@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -44,6 +44,8 @@ _CLOCK_MAY_JUMP = 0x0200
 _MICROSECONDS = 1_000_000
 # A demuxer that fails so often in a row does not get further.
 _MAX_READ_ERRORS = 100
+# A frame so much after the one before comes after a pause of the source, or its time is damaged.
+_SECONDS_FAR_AHEAD = 1
 
 
 class Source:
@@ -211,17 +213,43 @@ class SourceClock:
         self._may_jump = may_jump
         self._away = Fraction(away_seconds).limit_denominator(1000)
 
-    def time(self, frame: Any, stream: Any) -> Fraction | None:
-        """The time of the next frame; None where it is not after the one before, and left out."""
+    def timed(self, frames: Iterable[Any], stream: Any) -> Iterator[tuple[Any, Fraction]]:
+        """Frames with their times; those whose time is not after the one before are left out and counted.
+
+        Where a clock may jump, a frame far ahead waits for the next one: if that stands before it, its own time was
+        damaged, and it follows the frame before. Believed, it would leave out all frames until its time is reached.
+        """
         base, period = Fraction(stream.time_base), _period(stream)
-        raw = frame.pts if frame.pts is not None else frame.dts
-        time = self._continued(None if raw is None else raw * base, period)
+        waiting: tuple[Any, Fraction] | None = None
+        for frame in frames:
+            stamp = frame.pts if frame.pts is not None else frame.dts
+            raw = None if stamp is None else stamp * base
+            if waiting is not None:
+                is_damaged = raw is not None and raw < waiting[1]
+                yield from self._in_order(waiting[0], None if is_damaged else waiting[1], base, period)
+                waiting = None
+            if raw is not None and self._is_far_ahead(raw):
+                waiting = frame, raw
+            else:
+                yield from self._in_order(frame, raw, base, period)
+        if waiting is not None:
+            yield from self._in_order(*waiting, base, period)
+
+    def _is_far_ahead(self, raw: Fraction) -> bool:
+        if not self._may_jump or self._max_jump is None or self.last is None or self._away is not None:
+            return False
+        return raw + self._shift - self.last > _SECONDS_FAR_AHEAD
+
+    def _in_order(
+        self, frame: Any, raw: Fraction | None, base: Fraction, period: Fraction
+    ) -> Iterator[tuple[Any, Fraction]]:
+        time = self._continued(raw, period)
         if self.last is not None and time <= self.last:
             self.num_unordered += 1
-            return None
+            return
         self.last = time
         self.end = time + (frame.duration * base if getattr(frame, "duration", None) else period)
-        return time
+        yield frame, time
 
     def _continued(self, raw: Fraction | None, period: Fraction) -> Fraction:
         away, self._away = self._away, None

@@ -230,11 +230,8 @@ class Feed:
             if sampler.origin is None and not self._source.is_live:
                 origin, label = file_times(container, stream)
                 sampler.begin(origin, label if first_label is None else first_label)
-            for frame in read_frames(container, stream, self._damage):
-                seconds = self._clock.time(frame, stream)
+            for frame, seconds in self._clock.timed(read_frames(container, stream, self._damage), stream):
                 self._count()
-                if seconds is None:
-                    continue
                 if sampler.origin is None:
                     sampler.begin(seconds, first_label or Fraction(0))
                 if self._is_over(sampler, seconds) or not self._wait(seconds):
