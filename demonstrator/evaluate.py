@@ -5,6 +5,10 @@ leave as a table and JSON. Clips are made here from other seeds than the trainin
 pruned and answered by `generate`.
 
     python -m demonstrator.evaluate CHECKPOINT --clips 200 -o report.json
+
+One kind of question on many more clips of one shape:
+
+    python -m demonstrator.evaluate CHECKPOINT --pictures 0 --clips 800 --scenes one --kinds direction --seed 78
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import platform
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +36,10 @@ from .scenes import random_clip, random_encoding, random_picture, write_clip, wr
 
 HELDOUT_SEED = 10**6
 PICTURE_KINDS = ("color", "shape", "count", "position", "presence", "caption")
+CLIP_SCENES = ("one", "one", "several", "events")
 CLIP_KINDS = ("color", "shape", "direction", "count", "position", "presence", "order", "when", "caption")
 MAX_NEW_TOKENS = 96
+_BATCH_SIZE = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +81,15 @@ class Answer:
     num_kept: int
 
 
-def make_questions(folder: Path, *, num_pictures: int, num_clips: int, seed: int = HELDOUT_SEED) -> list[Question]:
+def make_questions(
+    folder: Path,
+    *,
+    num_pictures: int,
+    num_clips: int,
+    seed: int = HELDOUT_SEED,
+    scenes: Sequence[str] = CLIP_SCENES,
+    kinds: Sequence[str] = CLIP_KINDS,
+) -> list[Question]:
     """Writes held-out files and asks one question of every kind that they have an answer to.
 
     Every second file is asked in plain words, the others with other case, punctuation and words around; every second
@@ -91,18 +106,18 @@ def make_questions(folder: Path, *, num_pictures: int, num_clips: int, seed: int
                 questions.append(Question(str(path), "image", "picture", turn, number // 2 % 2 == 1))
     for number in range(num_clips):
         rng = np.random.default_rng([seed, 1, number])
-        name = ("one", "one", "several", "events")[number % 4]
+        name = scenes[number % len(scenes)]
         scene = random_clip(rng, name)  # type: ignore[arg-type]
         path = folder / f"{number:05d}.mp4"
         write_clip(scene, path, random_encoding(rng))
-        for kind in CLIP_KINDS:
+        for kind in kinds:
             if (turn := ask(rng, scene, kind, rough=number // 4 % 2 == 1)) is not None:
                 questions.append(Question(str(path), "video", name, turn, number // 8 % 2 == 1))
     return questions
 
 
 def answer(model: Any, processor: Any, questions: list[Question], *, prune: bool = True) -> list[Answer]:
-    """Greedy answers, eight questions at a time.
+    """Greedy answers, a batch of questions at a time.
 
     Args:
         model: a `VideoLlama3ForCausalLM` in evaluation mode.
@@ -113,8 +128,8 @@ def answer(model: Any, processor: Any, questions: list[Question], *, prune: bool
     answers: dict[int, Answer] = {}
     for with_system in (False, True):
         numbers = [i for i, question in enumerate(questions) if question.add_system_prompt == with_system]
-        for start in range(0, len(numbers), 8):
-            part = numbers[start : start + 8]
+        for start in range(0, len(numbers), _BATCH_SIZE):
+            part = numbers[start : start + _BATCH_SIZE]
             said = _answer_batch(model, processor, [questions[i] for i in part], with_system, prune)
             answers.update(zip(part, said, strict=True))
     return [answers[i] for i in range(len(questions))]
@@ -188,7 +203,15 @@ def _share(values: list[bool]) -> dict[str, float]:
 
 
 def evaluate(
-    model: Any, processor: Any, *, num_pictures: int, num_clips: int, seed: int = HELDOUT_SEED, both: bool = True
+    model: Any,
+    processor: Any,
+    *,
+    num_pictures: int,
+    num_clips: int,
+    seed: int = HELDOUT_SEED,
+    scenes: Sequence[str] = CLIP_SCENES,
+    kinds: Sequence[str] = CLIP_KINDS,
+    both: bool = True,
 ) -> dict[str, Any]:
     """Asks a model about held-out pictures and clips.
 
@@ -198,13 +221,17 @@ def evaluate(
         num_pictures: how many pictures.
         num_clips: how many clips.
         seed: of the files; other than that of the training data.
+        scenes: of the clips, in turn: one, several or events.
+        kinds: of questions on clips.
         both: whether clips are asked about without pruning as well.
 
     Returns:
         The report, with wrong answers listed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        questions = make_questions(Path(folder), num_pictures=num_pictures, num_clips=num_clips, seed=seed)
+        questions = make_questions(
+            Path(folder), num_pictures=num_pictures, num_clips=num_clips, seed=seed, scenes=scenes, kinds=kinds
+        )
         pruned = answer(model, processor, questions)
         whole = answer(model, processor, questions, prune=False) if both else None
     report = summarize(questions, pruned, whole)
@@ -223,13 +250,25 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--clips", type=int, default=400)
     parser.add_argument("--seed", type=int, default=HELDOUT_SEED)
+    parser.add_argument(
+        "--scenes", nargs="+", default=CLIP_SCENES, choices=set(CLIP_SCENES), help="of the clips, in turn"
+    )
+    parser.add_argument("--kinds", nargs="+", default=CLIP_KINDS, choices=CLIP_KINDS, help="of questions on clips")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     # As `videollama3 ask` computes on a CPU.
     model = AutoModelForImageTextToText.from_pretrained(options.checkpoint, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(options.checkpoint)
     started = time.monotonic()
-    report = evaluate(model, processor, num_pictures=options.pictures, num_clips=options.clips, seed=options.seed)
+    report = evaluate(
+        model,
+        processor,
+        num_pictures=options.pictures,
+        num_clips=options.clips,
+        seed=options.seed,
+        scenes=options.scenes,
+        kinds=options.kinds,
+    )
     report.update(
         seconds=round(time.monotonic() - started),
         dtype=str(model.dtype),
@@ -240,8 +279,10 @@ def main() -> None:
             "python": platform.python_version(),
         },
     )
+    whole = report["accuracy_without_pruning"]
     for name, score in report["accuracy"].items():
-        print(f"{name:22}{score['percent']:7.1f} %{score['questions']:6} questions")
+        without = f"{whole[name]['percent']:7.1f} % without pruning" if name in whole else ""
+        print(f"{name:45}{score['percent']:7.1f} %{score['questions']:6} questions{without}")
     print(f"{report['pruned_percent']} % of the clips' visual tokens pruned")
     print(f"same answer without pruning: {report['same_without_pruning']['percent']} %")
     if options.output is not None:

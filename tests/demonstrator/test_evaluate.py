@@ -75,6 +75,12 @@ def test_questions_cover_every_kind_and_are_the_same_again(tmp_path):
     assert questions[:9] == make_questions(tmp_path, num_pictures=4, num_clips=1)[:9]
 
 
+def test_scenes_and_kinds_of_questions_are_chosen(tmp_path):
+    questions = make_questions(tmp_path, num_pictures=0, num_clips=4, scenes=["one"], kinds=["direction"])
+    assert {(question.scene, question.turn.kind) for question in questions} == {("one", "direction")}
+    assert len({question.path for question in questions}) == len(questions) > 1
+
+
 def test_random_weights_are_evaluated(demonstrator):
     report = evaluate(*demonstrator, num_pictures=1, num_clips=2)
     assert 0 < report["pruned_percent"] < 100
