@@ -3,6 +3,9 @@
 from fractions import Fraction
 from types import SimpleNamespace
 
+import av.error
+import pytest
+
 from videollama3.streaming.capture import SourceClock
 
 STREAM = SimpleNamespace(time_base=Fraction(1, 10), average_rate=Fraction(10), guessed_rate=None)
@@ -48,6 +51,35 @@ def test_a_pause_of_the_source_keeps_its_times():
     clock.opened(away_seconds=0, may_jump=True)
     assert times(clock, 500, 501, 560, 561, 590) == [50.0, 50.1, 56.0, 56.1, 59.0]
     assert clock.num_jumps == clock.num_unordered == 0
+
+
+def test_frames_that_come_slowly_do_not_wait_for_the_next():
+    clock = SourceClock(10)
+    clock.opened(away_seconds=0, may_jump=True)
+    read = []
+
+    def slow():
+        for pts in (0, 20, 40, 60):
+            read.append(pts)
+            yield frame(pts)
+
+    # The first step alone is one that could be damage.
+    assert [(one.pts, len(read)) for one, _ in clock.timed(slow(), STREAM)] == [(0, 1), (20, 3), (40, 3), (60, 4)]
+
+
+def test_a_source_that_breaks_off_gives_the_frame_that_waited():
+    clock = SourceClock(10)
+    clock.opened(away_seconds=0, may_jump=True)
+
+    def breaks_off():
+        yield frame(500)
+        yield frame(560)
+        raise av.error.TimeoutError(110, "timed out")
+
+    seen = []
+    with pytest.raises(av.error.TimeoutError):
+        seen.extend(float(time) for _, time in clock.timed(breaks_off(), STREAM))
+    assert seen == [50.0, 56.0]
 
 
 def test_a_clock_may_be_believed_all_the_same():

@@ -45,7 +45,7 @@ _MICROSECONDS = 1_000_000
 # A demuxer that fails so often in a row does not get further.
 _MAX_READ_ERRORS = 100
 # A frame so much after the one before comes after a pause of the source, or its time is damaged.
-_SECONDS_FAR_AHEAD = 1
+_SECONDS_FAR_AHEAD = Fraction(1)
 
 
 class Source:
@@ -203,6 +203,7 @@ class SourceClock:
         self._may_jump = False
         self._shift = Fraction(0)
         self._away: Fraction | None = None
+        self._step = Fraction(0)
         self.last: Fraction | None = None
         self.end = Fraction(0)
         self.num_jumps = 0
@@ -218,27 +219,39 @@ class SourceClock:
 
         Where a clock may jump, a frame far ahead waits for the next one: if that stands before it, its own time was
         damaged, and it follows the frame before. Believed, it would leave out all frames until its time is reached.
+        Frames that come slowly but steadily do not wait.
+
+        Raises:
+            av.error.FFmpegError: what `frames` raises, after the frame that waited.
         """
         base, period = Fraction(stream.time_base), _period(stream)
         waiting: tuple[Any, Fraction] | None = None
-        for frame in frames:
-            stamp = frame.pts if frame.pts is not None else frame.dts
+        broken_off: av.error.FFmpegError | None = None
+        remaining = iter(frames)
+        while True:
+            try:
+                frame = next(remaining, None)
+            except av.error.FFmpegError as error:
+                frame, broken_off = None, error
+            stamp = None if frame is None else frame.pts if frame.pts is not None else frame.dts
             raw = None if stamp is None else stamp * base
             if waiting is not None:
                 is_damaged = raw is not None and raw < waiting[1]
                 yield from self._in_order(waiting[0], None if is_damaged else waiting[1], base, period)
                 waiting = None
+            if frame is None:
+                break
             if raw is not None and self._is_far_ahead(raw):
                 waiting = frame, raw
             else:
                 yield from self._in_order(frame, raw, base, period)
-        if waiting is not None:
-            yield from self._in_order(*waiting, base, period)
+        if broken_off is not None:
+            raise broken_off
 
     def _is_far_ahead(self, raw: Fraction) -> bool:
         if not self._may_jump or self._max_jump is None or self.last is None or self._away is not None:
             return False
-        return raw + self._shift - self.last > _SECONDS_FAR_AHEAD
+        return raw + self._shift - self.last > max(_SECONDS_FAR_AHEAD, 2 * self._step)
 
     def _in_order(
         self, frame: Any, raw: Fraction | None, base: Fraction, period: Fraction
@@ -247,6 +260,7 @@ class SourceClock:
         if self.last is not None and time <= self.last:
             self.num_unordered += 1
             return
+        self._step = Fraction(0) if self.last is None else time - self.last
         self.last = time
         self.end = time + (frame.duration * base if getattr(frame, "duration", None) else period)
         yield frame, time
