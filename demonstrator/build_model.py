@@ -49,8 +49,8 @@ def build_model(vocabulary: dict[str, int], *, seed: int = 0, **sizes: Any) -> V
         sizes: `hidden_size`, `layers`, `heads`, `vision_hidden_size`, `vision_layers`, `vision_heads`,
             `initializer_range` other than the shipped ones.
     """
-    width, vision_width = sizes.get("hidden_size", 192), sizes.get("vision_hidden_size", 160)
-    heads = sizes.get("heads", 6)
+    width, vision_width = sizes.get("hidden_size", 256), sizes.get("vision_hidden_size", 160)
+    heads = sizes.get("heads", 8)
     config = VideoLlama3Config(
         text_config={
             "vocab_size": len(vocabulary),

@@ -92,7 +92,7 @@ tags:
 
 # Demonstrator
 
-A VideoLLaMA3 of 3.4 million parameters, to be run in seconds on any machine: it shows what the package does, and
+A VideoLLaMA3 of 5.0 million parameters, to be run in seconds on any machine: it shows what the package does, and
 nothing of what the released models can do. It knows shapes ({kinds}; {colors}), up to {most} at once, that stand,
 move, appear and vanish on plain dark backgrounds, and questions about them in plain English. Whatever else it is shown
 or asked, it answers in these words.

@@ -33,9 +33,9 @@ import numpy as np
 
 from videollama3.processing.prompt_tokens import SYSTEM_PROMPT
 
-from .questions import BEFORE_THE_CLIP, StreamTurn, Turn, ask, conversation, description, stream_conversation
-from .scene_facts import seen_direction, seen_motion
-from .scenes import Scene, random_clip, random_encoding, random_picture, write_clip, write_picture
+from .questions import Turn, ask, conversation, description, stream_conversation
+from .scene_facts import Event, events, seen_direction, seen_motion
+from .scenes import TICK_SECONDS, Scene, random_clip, random_encoding, random_picture, write_clip, write_picture
 
 Row = dict[str, Any]
 
@@ -48,10 +48,16 @@ SHARE_OF_DESCRIPTIONS = 0.25
 SHARE_WITH_TRACK = 0.5
 SHARE_WITH_TRACK_FIRST = 0.25
 SHARE_WITH_PRESENCE = 0.5
+# Of the questions on what happens: a list of all that does, and whether it comes before the others.
+SHARE_WITH_LIST = 0.5
+SHARE_WITH_LIST_FIRST = 0.25
+# Of the streaming clips: something else happens before or after what is waited for.
+SHARE_OF_STREAMS_WITH_MORE = 0.75
 # Of the frame's width or height.
 SMALL_MOTION = 0.2
 LARGE_MOTION = 0.3
 CAPTIONS, PICTURES, CLIPS, STREAMS, REVIEW, HELDOUT_PICTURES, HELDOUT_CLIPS, MOTIONS, DIRECTIONS, PRESENCES = range(10)
+EVENTS = 10
 _FOLDERS = ("captions", "pictures", "clips", "streams", "review", "heldout_pictures", "heldout_clips")
 
 
@@ -63,7 +69,7 @@ class Counts:
         captions: png files of one shape.
         pictures: png files of several shapes.
         clips: mp4 files.
-        streams: mp4 files of streaming rows.
+        streams: mp4 files of streaming rows, of which there are up to two for each.
         review: png and mp4 files, half of each.
         heldout: pictures and clips each, for evaluation during training.
     """
@@ -171,6 +177,20 @@ def make_direction(number: int, *, seed: int) -> list[Row]:
     return [_row(rng, name, "video", [turn], SHARE_WITH_SYSTEM_PROMPT_LATE) for turn in turns if turn is not None]
 
 
+def make_event(number: int, *, seed: int) -> list[Row]:
+    """A row on a clip that `make_clip` writes, if something appears or vanishes in it: what came first, and when."""
+    scene = random_clip(rng_of(seed, CLIPS, number))
+    if not events(scene):
+        return []
+    rng = rng_of(seed, EVENTS, number)
+    kinds = [str(kind) for kind in rng.permutation(["order", "when"])]
+    if rng.random() < SHARE_WITH_LIST:
+        kinds.insert(0 if rng.random() < SHARE_WITH_LIST_FIRST else len(kinds), "events")
+    turns = [turn for kind in kinds if (turn := ask(rng, scene, kind)) is not None]
+    name = f"{_FOLDERS[CLIPS]}/{number:06d}.mp4"
+    return [_row(rng, name, "video", turns, SHARE_WITH_SYSTEM_PROMPT_MOTIONS)] if turns else []
+
+
 def make_review(number: int, *, folder: Path, seed: int) -> list[Row]:
     """Writes a picture or, for odd numbers, a clip, and returns its row."""
     make = make_clip if number % 2 else make_picture
@@ -178,32 +198,60 @@ def make_review(number: int, *, folder: Path, seed: int) -> list[Row]:
 
 
 def make_presence(number: int, *, seed: int) -> list[Row]:
-    """A row on a file that `make_review` writes: whether two shapes are there, and how many are.
+    """A row on a file that `make_review` writes: whether some shapes are there, and how many are.
 
-    Trained on directions, the model says yes to all.
+    Trained on directions, the model says yes to all; several such questions cost little more than one.
     """
     rng = rng_of(seed, REVIEW, number)
-    scene, kind, suffix = (random_clip(rng), "video", "mp4") if number % 2 else (random_picture(rng), "image", "png")
+    scene, medium, suffix = (random_clip(rng), "video", "mp4") if number % 2 else (random_picture(rng), "image", "png")
     rng = rng_of(seed, PRESENCES, number)
-    asked = [ask(rng, scene, kind) for kind in ("presence", "count", "presence")]
+    asked = [ask(rng, scene, kind) for kind in ("presence", "presence", "count", "presence", "presence", "presence")]
     turns = [turn for turn in asked if turn is not None]
     name = f"{_FOLDERS[REVIEW]}/{number:06d}.{suffix}"
-    return [_row(rng, name, kind, turns, SHARE_WITH_SYSTEM_PROMPT_LATE)] if turns else []
+    return [_row(rng, name, medium, turns, SHARE_WITH_SYSTEM_PROMPT_LATE)] if turns else []
+
+
+def stream_scene(rng: np.random.Generator) -> Scene:
+    """A clip in which something happens, mostly more than once."""
+    wanted = 2 if rng.random() < SHARE_OF_STREAMS_WITH_MORE else 1
+    while len(events(scene := random_clip(rng, "events"))) < wanted:
+        pass
+    return scene
 
 
 def make_stream(number: int, *, folder: Path, seed: int) -> list[Row]:
-    """Writes one clip in which something happens and returns its streaming row."""
+    """Writes one clip in which something happens and returns its streaming rows.
+
+    One waits for any of the events. Where there are several, a second one waits for the last of them from a second
+    before the last but one on: what has to be learnt is to stay silent at that, and labels are drawn from few frames.
+    """
     rng = rng_of(seed, STREAMS, number)
-    turns: list[StreamTurn] | None = None
-    while turns is None:
-        scene = random_clip(rng, "events")
-        turns = stream_conversation(rng, scene)
+    scene = stream_scene(rng)
     name = f"streams/{number:06d}.mp4"
     write_clip(scene, folder / name, random_encoding(rng))
+    happened = events(scene)
+    rows = [_stream_row(rng, name, scene)]
+    if len(happened) > 1:
+        start = max(scene.label(happened[-2].frame) - TICK_SECONDS, 0.0)
+        rows.append(_stream_row(rng, name, scene, happened[-1], start_seconds=start))
+    return rows
+
+
+def _stream_row(
+    rng: np.random.Generator, name: str, scene: Scene, event: Event | None = None, *, start_seconds: float = 0.0
+) -> Row:
+    turns = stream_conversation(rng, scene, event, start_seconds=start_seconds)
+    assert turns is not None
     said = [{"role": turn.role, "content": turn.content, "time": turn.seconds} for turn in turns]
     if rng.random() < SHARE_WITH_SYSTEM_PROMPT:
-        said.insert(0, {"role": "system", "content": SYSTEM_PROMPT, "time": BEFORE_THE_CLIP})
-    return [{"stream": True, "video": [name], "start_time": 0.0, "end_time": scene.seconds, "conversation": said}]
+        said.insert(0, {"role": "system", "content": SYSTEM_PROMPT, "time": turns[0].seconds})
+    return {
+        "stream": True,
+        "video": [name],
+        "start_time": start_seconds,
+        "end_time": scene.seconds,
+        "conversation": said,
+    }
 
 
 def _write(path: Path, made: Iterable[list[Row]]) -> int:
@@ -235,6 +283,7 @@ def make_data(folder: Path, *, counts: Counts, seed: int = 0, processes: int = 2
         "clips": (functools.partial(make_clip, part=CLIPS, **shared), counts.clips),
         "motions": (functools.partial(make_motion, seed=seed), counts.clips),
         "directions": (functools.partial(make_direction, seed=seed), counts.clips),
+        "events": (functools.partial(make_event, seed=seed), counts.clips),
         "streams": (functools.partial(make_stream, **shared), counts.streams),
         "review": (functools.partial(make_review, **shared), counts.review),
         "presences": (functools.partial(make_presence, seed=seed), counts.review),

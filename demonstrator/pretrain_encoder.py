@@ -6,9 +6,9 @@ what the paper's stages do.
 
     python -m demonstrator.pretrain_encoder DATA START FOLDER
 
-For each visual token four linear heads, thrown away afterwards, tell kind, colour and centre of the shape that covers
-it, or that there is none, and where in the picture the token stands: after pruning the language model could not count
-it out. Four tokens of a picture with a red circle on the left:
+For each visual token linear heads, thrown away afterwards, tell kind, colour and centre of the shape that covers it,
+or that there is none, and where in the picture the token stands: after pruning the language model could not count it
+out. Four tokens of a picture with a red circle on the left:
 
     kind    circle none     colour  red none    centre  (0.2, 0.5) -    place   (0.25, 0.25) (0.75, 0.25)
             circle none             red none            (0.2, 0.5) -            (0.25, 0.75) (0.75, 0.75)
@@ -40,6 +40,10 @@ NONE = 0
 _SHARE_OF_COVER = 0.25
 # Most tokens show the background.
 _WEIGHT_OF_NONE = 0.2
+# A centre is told twice: as two numbers, and as the bin of each axis that it is in, neighbours half right. Numbers
+# alone are a whisper in the output, two of its directions; bins are as loud as kinds and colours.
+_NUM_BINS = 20
+_WEIGHT_OF_BINS = 0.3
 _FOLDERS = {CAPTIONS: "captions", PICTURES: "pictures"}
 
 
@@ -158,7 +162,8 @@ def train(
         report: called after every update.
     """
     width = encoder.config.hidden_size
-    heads = nn.ModuleList(nn.Linear(width, size) for size in (1 + len(KINDS), 1 + len(COLORS), 2, 2))
+    sizes = (1 + len(KINDS), 1 + len(COLORS), 2, 2, 2 * _NUM_BINS)
+    heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
     named = [*encoder.named_parameters(), *heads.named_parameters()]
     optimizer = _optimizer(named, rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -191,13 +196,28 @@ def _optimizer(named: list[tuple[str, nn.Parameter]], rate: float) -> MuonWithAd
     )
 
 
+def bin_shares(centers: torch.Tensor) -> torch.Tensor:
+    """How much each bin of an axis counts as the one that a centre is in: a bell one bin wide around it.
+
+    Args:
+        centers: x and y as shares of the sides, (shapes, 2).
+
+    Returns:
+        (shapes, 2, bins); 1 in sum over the bins.
+    """
+    steps = centers[..., None] * _NUM_BINS - (torch.arange(_NUM_BINS) + 0.5)
+    return torch.softmax(-(steps**2) / 2, dim=-1)
+
+
 def _loss(
     told: list[torch.Tensor], labels: torch.Tensor, centers: torch.Tensor, places: torch.Tensor
 ) -> tuple[torch.Tensor, Score]:
-    *logits, told_centers, told_places = told
+    *logits, told_centers, told_places, told_bins = told
     there = labels[:, 0] != NONE
     center, place = (told_centers - centers)[there].abs().mean(), (told_places - places).abs().mean()
-    loss = center + place
+    bins = told_bins[there].unflatten(1, (2, _NUM_BINS)).flatten(0, 1)
+    loss = nn.functional.cross_entropy(bins, bin_shares(centers[there]).flatten(0, 1)) * _WEIGHT_OF_BINS
+    loss = loss + center + place
     for i, values in enumerate(logits):
         weight = torch.ones(values.shape[1])
         weight[NONE] = _WEIGHT_OF_NONE

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .scene_facts import cell, events, position, seen_direction, seen_motion
+from .scene_facts import Event, cell, events, position, seen_direction, seen_motion
 from .scenes import COLORS, KINDS, Direction, Scene, Shape
 
 Rng = np.random.Generator
@@ -30,7 +30,8 @@ _MOVES: dict[Direction, str] = {
 SHARE_WITH_TRACK = 0.35
 # Seconds by which an answer to "when" may be off: with ticks of a second, none.
 WHEN_TOLERANCE = 0.5
-# Seconds: a request at this time stands before the first frame, where `videollama3 watch` puts it.
+# Seconds from where a clip is watched: a request at this time stands before the first frame, where `videollama3 watch`
+# puts it.
 BEFORE_THE_CLIP = -1.0
 # A cell of the 10 x 10 grid, as `scene_facts.cell` names it.
 _CELL = re.compile(r"\((\d), (\d)\)")
@@ -41,7 +42,7 @@ class Turn:
     """A question and its answer.
 
     Attributes:
-        kind: color, shape, direction, count, position, track, order, when, presence or caption.
+        kind: color, shape, direction, count, position, track, order, when, events, presence or caption.
         question: in plain English.
         answer: the sentence to learn.
         key: what an answer must contain to be right, lower case; for `when` the time in seconds.
@@ -437,6 +438,23 @@ def _when(rng: Rng, scene: Scene, media: str) -> Turn | None:
     return Turn("when", question, f"At {seconds:.1f} seconds.", f"{seconds:.1f}")
 
 
+def _events(rng: Rng, scene: Scene, media: str) -> Turn:
+    question = _say(
+        rng,
+        [
+            "List what happens.",
+            "List what appears and vanishes.",
+            "What appears and what vanishes?",
+            "What appears and vanishes in the VIDEO?",
+            "What happens at which second?",
+        ],
+        media,
+    )
+    happened = [f"{scene.label(event.frame):.1f} the {event.shape.name} {event.verb}" for event in events(scene)]
+    answer = f"At {', at '.join(happened)}." if happened else "Nothing appears or vanishes."
+    return Turn("events", question, answer, answer.lower())
+
+
 def _number_phrase(scene: Scene) -> str:
     return f"{NUMBERS[len(scene.shapes)].capitalize()} shapes: "
 
@@ -494,6 +512,7 @@ _MAKERS: dict[str, Callable[[Rng, Scene, str], Turn | None]] = {
     "presence": _presence,
     "order": _order,
     "when": _when,
+    "events": _events,
     "caption": _caption,
 }
 
@@ -510,7 +529,7 @@ def ask(rng: Rng, scene: Scene, kind: str, *, rough: bool = True) -> Turn | None
     media = "image" if scene.num_frames == 1 else "video"
     if media == "image" and rng.random() < 0.5:
         media = "picture"
-    if not scene.shapes or (scene.num_frames == 1 and kind in ("direction", "track", "order", "when")):
+    if not scene.shapes or (scene.num_frames == 1 and kind in ("direction", "track", "order", "when", "events")):
         return None
     turn = _MAKERS[kind](rng, scene, media)
     if turn is None or not rough:
@@ -552,8 +571,16 @@ class StreamTurn:
     seconds: float
 
 
-def stream_conversation(rng: Rng, scene: Scene) -> list[StreamTurn] | None:
+def stream_conversation(
+    rng: Rng, scene: Scene, event: Event | None = None, *, start_seconds: float = 0.0
+) -> list[StreamTurn] | None:
     """A request such as "Tell me when the red circle appears." before the clip, and its answer when it happens.
+
+    Args:
+        rng: chooses wording and, where `event` is None, what is waited for.
+        scene: what is watched.
+        event: that is waited for.
+        start_seconds: from where on it is watched.
 
     Returns:
         Messages in order of time; None for a scene in which nothing appears or vanishes.
@@ -561,7 +588,7 @@ def stream_conversation(rng: Rng, scene: Scene) -> list[StreamTurn] | None:
     happened = events(scene)
     if not happened:
         return None
-    event = happened[int(rng.integers(len(happened)))]
+    event = event or happened[int(rng.integers(len(happened)))]
     name = event.shape.name if rng.random() < 0.7 else _reference(rng, scene, event.shape) or event.shape.name
     verb = event.verb
     request = _say(
@@ -580,7 +607,7 @@ def stream_conversation(rng: Rng, scene: Scene) -> list[StreamTurn] | None:
     seconds = math.floor(event.frame / scene.rate * 100) / 100
     label = scene.label(event.frame)
     return [
-        StreamTurn("user", _roughen(rng, request), BEFORE_THE_CLIP),
+        StreamTurn("user", _roughen(rng, request), start_seconds + BEFORE_THE_CLIP),
         StreamTurn("assistant", f"The {name} {verb} now.", max(seconds, label)),
     ]
 

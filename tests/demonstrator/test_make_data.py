@@ -6,15 +6,18 @@ import numpy as np
 from demonstrator.make_data import (
     CLIPS,
     PICTURES,
+    STREAMS,
     Counts,
     make_data,
     make_direction,
+    make_event,
     make_motion,
     make_picture,
     make_stream,
     rng_of,
+    stream_scene,
 )
-from demonstrator.scene_facts import seen_direction, seen_motion
+from demonstrator.scene_facts import events, seen_direction, seen_motion
 from demonstrator.scenes import TICK_SECONDS, random_clip
 from PIL import Image
 
@@ -31,6 +34,7 @@ def test_rows_are_what_training_reads(tmp_path):
         "clips": 1,
         "motions": 1,
         "directions": 1,
+        "events": 0,
         "streams": 1,
         "review": 2,
         "presences": 2,
@@ -84,6 +88,24 @@ def test_directions_are_asked_alone_and_mostly_after_the_system_prompt():
         assert answer == "It does not move." or answer.startswith("It moves ")
 
 
+def test_what_happens_is_asked_about_clips_in_which_something_does():
+    listed = []
+    for number in range(120):
+        happened = events(random_clip(rng_of(0, CLIPS, number)))
+        rows = make_event(number, seed=0)
+        assert len(rows) == (1 if happened else 0)
+        for row in rows:
+            assert row["video"] == [f"clips/{number:06d}.mp4"]
+            answers = [said["value"] for said in row["conversations"] if said["from"] == "gpt"]
+            if len(happened) > 1:
+                assert any(text.endswith(" first.") for text in answers)
+            whole = [text for text in answers if text.endswith(("appears.", "vanishes."))]
+            listed.append(len(whole))
+            for text in whole:
+                assert text.count(" the ") == len(happened)
+    assert 0.25 < np.mean(listed) < 0.75
+
+
 def test_the_same_seed_makes_the_same_file_in_any_order(tmp_path):
     (tmp_path / "pictures").mkdir()
     options = {"folder": tmp_path, "part": PICTURES, "seed": 7}
@@ -97,9 +119,29 @@ def test_the_same_seed_makes_the_same_file_in_any_order(tmp_path):
 
 def test_a_streaming_answer_stands_at_the_time_of_its_event(tmp_path):
     (tmp_path / "streams").mkdir()
-    (row,) = make_stream(0, folder=tmp_path, seed=0)
-    user, assistant = (message for message in row["conversation"] if message["role"] != "system")
-    assert user["role"] == "user"
-    assert user["time"] < 0.0, "before the first frame, as watch puts it"
-    assert TICK_SECONDS <= assistant["time"] < row["end_time"]
-    assert assistant["content"].endswith(" now.")
+    waiting = []
+    for number in range(12):
+        rows = make_stream(number, folder=tmp_path, seed=0)
+        waiting.append(len(rows))
+        for row in rows:
+            user, assistant = (message for message in row["conversation"] if message["role"] != "system")
+            assert user["role"] == "user"
+            assert user["time"] < row["start_time"], "before the first frame, as watch puts it"
+            assert row["start_time"] + TICK_SECONDS <= assistant["time"] < row["end_time"]
+            assert assistant["content"].endswith(" now.")
+    assert set(waiting) == {1, 2}
+
+
+def test_a_second_streaming_row_has_to_be_silent_when_something_else_happens(tmp_path):
+    (tmp_path / "streams").mkdir()
+    for number in range(12):
+        happened = events(scene := stream_scene(rng_of(0, STREAMS, number)))
+        rows = make_stream(number, folder=tmp_path, seed=0)
+        assert len(rows) == min(len(happened), 2)
+        assert rows[0]["start_time"] == 0.0
+        if len(happened) > 1:
+            other, awaited = happened[-2:]
+            request, said = rows[1]["conversation"][-2:]
+            assert said["content"].endswith(f"{awaited.verb} now.")
+            assert request["time"] < rows[1]["start_time"] == scene.label(other.frame) - TICK_SECONDS
+            assert rows[1]["start_time"] < other.frame / scene.rate < said["time"]

@@ -8,7 +8,15 @@ import torch
 from demonstrator.build_model import build_model, build_processor
 from demonstrator.make_data import CAPTIONS, PICTURES, Counts, make_data
 from demonstrator.make_tokenizer import make_tokenizer
-from demonstrator.pretrain_encoder import LabelledPictures, collate, picture_scene, token_labels, token_places, train
+from demonstrator.pretrain_encoder import (
+    LabelledPictures,
+    bin_shares,
+    collate,
+    picture_scene,
+    token_labels,
+    token_places,
+    train,
+)
 from demonstrator.scenes import COLORS, KINDS, random_picture
 
 
@@ -43,6 +51,17 @@ def test_a_token_tells_what_covers_it():
 
 def test_places_are_centres():
     torch.testing.assert_close(token_places(1, 2), torch.tensor([[0.25, 0.5], [0.75, 0.5]]))
+
+
+def test_bins_count_by_their_distance_from_the_centre():
+    shares = bin_shares(torch.tensor([[0.125, 0.5], [1.0, 0.0]]))
+    torch.testing.assert_close(shares.sum(dim=-1), torch.ones(2, 2))
+    # The middle of the third of twenty bins; the line between the tenth and the eleventh; beyond the last and first.
+    assert shares[0, 0].argmax() == 2
+    assert shares[0, 0, 1] == pytest.approx(shares[0, 0, 3].item())
+    assert shares[0, 1, 9] == pytest.approx(shares[0, 1, 10].item())
+    assert shares[0, 1].max() == shares[0, 1, 9]
+    assert shares[1].argmax(dim=-1).tolist() == [19, 0]
 
 
 @pytest.fixture(scope="module")

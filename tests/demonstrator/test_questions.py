@@ -20,7 +20,19 @@ from .test_scenes import scene_of
 
 RED_CIRCLE = Shape("circle", "red", (255, 0, 0), 16, Motion(20, 14))
 BLUE_SQUARE = Shape("square", "blue", (0, 0, 255), 16, Motion(100, 70))
-KINDS = ("color", "shape", "direction", "count", "position", "track", "presence", "order", "when", "caption")
+KINDS = (
+    "color",
+    "shape",
+    "direction",
+    "count",
+    "position",
+    "track",
+    "presence",
+    "order",
+    "when",
+    "events",
+    "caption",
+)
 
 
 def rng():
@@ -40,6 +52,7 @@ def test_answers_of_a_scene_drawn_by_hand():
     assert answer(scene, "direction") == "It moves right."
     assert answer(scene, "count") == "There is one (1) shape."
     assert answer(scene, "order") is None
+    assert answer(scene, "events") == "Nothing appears or vanishes."
     assert answer(scene, "track") == "At 0.0 (3, 5), 1.0 (4, 5), 2.0 (6, 5), 3.0 (8, 5)."
     assert caption(scene) == "A red circle moves right."
 
@@ -54,6 +67,7 @@ def test_two_events():
     ]
     assert answer(scene, "order") == "The blue square vanishes first."
     assert answer(scene, "when") in ("At 1.0 seconds.", "At 2.0 seconds.")
+    assert answer(scene, "events") == "At 1.0 the blue square vanishes, at 2.0 the red circle appears."
     assert caption(scene) == (
         "Two shapes: a red circle at the top left does not move and appears at 2.0 seconds and a blue square vanishes "
         "at 1.0 seconds."
