@@ -51,6 +51,8 @@ SHARE_WITH_PRESENCE = 0.5
 # Of the questions on what happens: a list of all that does, and whether it comes before the others.
 SHARE_WITH_LIST = 0.5
 SHARE_WITH_LIST_FIRST = 0.25
+# Of questions such as "Is it red?" in a row on one shape.
+NUM_CHECKS = 5
 # Of the streaming clips: something else happens before or after what is waited for.
 SHARE_OF_STREAMS_WITH_MORE = 0.75
 # Of the frame's width or height.
@@ -198,17 +200,24 @@ def make_review(number: int, *, folder: Path, seed: int) -> list[Row]:
 
 
 def make_presence(number: int, *, seed: int) -> list[Row]:
-    """A row on a file that `make_review` writes: whether some shapes are there, and how many are.
+    """Two rows on a file that `make_review` writes: whether some shapes are there, and how many are.
 
-    Trained on directions, the model says yes to all; several such questions cost little more than one.
+    Trained on directions, the model says yes to all. Several such questions cost little more than one, and those on
+    one attribute, with answers of one word, are what it learns to say no to first.
     """
     rng = rng_of(seed, REVIEW, number)
     scene, medium, suffix = (random_clip(rng), "video", "mp4") if number % 2 else (random_picture(rng), "image", "png")
     rng = rng_of(seed, PRESENCES, number)
-    asked = [ask(rng, scene, kind) for kind in ("presence", "presence", "count", "presence", "presence", "presence")]
-    turns = [turn for turn in asked if turn is not None]
     name = f"{_FOLDERS[REVIEW]}/{number:06d}.{suffix}"
-    return [_row(rng, name, medium, turns, SHARE_WITH_SYSTEM_PROMPT_LATE)] if turns else []
+    rows = []
+    for _ in range(2):
+        kinds = rng.permutation(["presence", "presence", "presence", "count", *["check"] * NUM_CHECKS])
+        asked = [turn for kind in kinds if (turn := ask(rng, scene, str(kind))) is not None]
+        # No answer that could be copied from one before it.
+        turns = {turn.question if turn.kind == "check" else turn.answer: turn for turn in asked}
+        if turns:
+            rows.append(_row(rng, name, medium, list(turns.values()), SHARE_WITH_SYSTEM_PROMPT_LATE))
+    return rows
 
 
 def stream_scene(rng: np.random.Generator) -> Scene:

@@ -42,7 +42,7 @@ class Turn:
     """A question and its answer.
 
     Attributes:
-        kind: color, shape, direction, count, position, track, order, when, events, presence or caption.
+        kind: color, shape, direction, count, position, track, order, when, events, presence, check or caption.
         question: in plain English.
         answer: the sentence to learn.
         key: what an answer must contain to be right, lower case; for `when` the time in seconds.
@@ -377,6 +377,25 @@ def _presence(rng: Rng, scene: Scene, media: str) -> Turn | None:
     return Turn("presence", question, answer, "yes" if there else "no,", ("yes", "no,"))
 
 
+def _check(rng: Rng, scene: Scene, media: str) -> Turn | None:
+    if len(scene.shapes) != 1:
+        return None
+    shape = scene.shapes[0]
+    asked = str(rng.choice(["color", "kind", "both"]))
+    color: str = shape.color
+    kind: str = shape.kind
+    if rng.random() < 0.5:
+        # One attribute is wrong; which one of two is drawn.
+        if asked == "color" or (asked == "both" and rng.random() < 0.5):
+            color = str(rng.choice([other for other in COLORS if other != color]))
+        else:
+            kind = str(rng.choice([other for other in KINDS if other != kind]))
+    name = {"color": color, "kind": f"a {kind}", "both": f"a {color} {kind}"}[asked]
+    question = _say(rng, ["Is it NAME?", "Is the shape NAME?", "Is the object NAME?"], media, NAME=name)
+    word = "yes" if (color, kind) == (shape.color, shape.kind) else "no"
+    return Turn("check", question, f"{word.capitalize()}.", word, ("yes", "no"))
+
+
 def _order(rng: Rng, scene: Scene, media: str) -> Turn | None:
     happened = events(scene)
     if len(happened) < 2:
@@ -510,6 +529,7 @@ _MAKERS: dict[str, Callable[[Rng, Scene, str], Turn | None]] = {
     "position": _position,
     "track": _track,
     "presence": _presence,
+    "check": _check,
     "order": _order,
     "when": _when,
     "events": _events,

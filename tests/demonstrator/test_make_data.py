@@ -13,6 +13,7 @@ from demonstrator.make_data import (
     make_event,
     make_motion,
     make_picture,
+    make_presence,
     make_stream,
     rng_of,
     stream_scene,
@@ -37,7 +38,7 @@ def test_rows_are_what_training_reads(tmp_path):
         "events": 0,
         "streams": 1,
         "review": 2,
-        "presences": 2,
+        "presences": 4,
         "heldout_pictures": 1,
         "heldout_clips": 1,
     }
@@ -86,6 +87,17 @@ def test_directions_are_asked_alone_and_mostly_after_the_system_prompt():
     for row in rows:
         (answer,) = (said["value"] for said in row["conversations"] if said["from"] == "gpt")
         assert answer == "It does not move." or answer.startswith("It moves ")
+
+
+def test_no_answer_about_what_is_there_can_be_copied_from_one_before_it():
+    answers = []
+    for number in range(60):
+        for row in make_presence(number, seed=0):
+            said = [message["value"] for message in row["conversations"] if message["from"] == "gpt"]
+            told = [text for text in said if text.startswith(("Yes, ", "No, "))]
+            assert len(set(told)) == len(told)
+            answers += said
+    assert 0.4 < np.mean([text == "Yes." for text in answers if text in ("Yes.", "No.")]) < 0.6
 
 
 def test_what_happens_is_asked_about_clips_in_which_something_does():

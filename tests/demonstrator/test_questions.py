@@ -31,6 +31,7 @@ KINDS = (
     "order",
     "when",
     "events",
+    "check",
     "caption",
 )
 
