@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from videollama3.training.length_index import measure_sample, sample_lengths
+from videollama3.training.length_index import measure_sample, rows_for, sample_lengths
 
 from .synthetic import IMAGE, MIXED, TEXT, VIDEO, Samples, tiny_model
 
@@ -42,6 +42,40 @@ def test_they_are_measured_once(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(Samples, "__getitem__", None)
     assert np.array_equal(sample_lengths(dataset, folder=tmp_path), first)
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
+
+
+def test_rows_that_are_not_asked_for_are_not_read(dataset, tmp_path):
+    whole, read, seen = sample_lengths(dataset, folder=None), [], []
+    get = Samples.__getitem__
+
+    class Watched(Samples):
+        def __getitem__(self, index):
+            read.append(index)
+            return get(self, index)
+
+    watched = Watched(tiny_model()[1], [TEXT, IMAGE, None, VIDEO, MIXED])
+    rows = np.array([1, 3])
+    lengths = sample_lengths(
+        watched, folder=tmp_path, rows=rows, progress=lambda done, total: seen.append((done, total))
+    )
+    assert read == [1, 3]
+    assert seen == [(1, 2), (2, 2)]
+    assert np.array_equal(lengths[rows], whole[rows])
+    assert not lengths[[0, 2, 4]].any()
+    # Kept for these rows only: all are another file.
+    assert np.array_equal(sample_lengths(watched, folder=tmp_path), whole)
+    assert np.array_equal(sample_lengths(watched, folder=tmp_path, rows=rows), lengths)
+    assert read == [1, 3, 0, 1, 2, 3, 4]
+
+
+def test_rows_are_drawn_by_a_seed():
+    assert rows_for(10, 10, seed=0) is None
+    rows = rows_for(1000, 100, seed=0)
+    assert len(rows) == len(set(rows.tolist())) == 100
+    assert (np.diff(rows) > 0).all()
+    assert rows.max() > 900 > 100 > rows.min()
+    assert np.array_equal(rows, rows_for(1000, 100, seed=0))
+    assert not np.array_equal(rows, rows_for(1000, 100, seed=1))
 
 
 def test_another_dataset_is_measured_anew(dataset, tmp_path):

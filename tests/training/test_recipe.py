@@ -249,6 +249,16 @@ def test_a_run_from_the_command_line(task, tmp_path, capsys):
     assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
 
 
+@pytest.mark.parametrize(("max_length", "num_rows"), [(170, 8), (4000, 10)])
+def test_rows_that_max_steps_does_not_come_to_are_not_read(task, tmp_path, max_length, num_rows):
+    """Two updates of three samples take six and two to spare; where a row holds more samples than that, all are read."""
+    more = ["schedule.max_steps=2", "batch.samples_per_update=3", f"data.max_length={max_length}", "data.eval=[]"]
+    more.append("batch.gradient_accumulation_steps=null")
+    record = run_recipe(load_recipe(RECIPES / "stage4.yaml", _overrides(task, tmp_path, *more)))
+    assert record["num_updates"] == 2
+    assert (record["num_train_samples"], record["num_skipped_samples"]) == (num_rows, 0)
+
+
 def test_a_streamed_run(task, tmp_path):
     more = ("data.streaming=true", "schedule.max_steps=3", "batch.buffer_size=4", "data.eval=[]", "data.workers=2")
     record = run_recipe(load_recipe(RECIPES / "stage2.yaml", _overrides(task, tmp_path, *more)))

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -23,12 +24,14 @@ from ..modeling.modeling_videollama3 import VideoLlama3ForCausalLM
 from ..modeling.vision_encoder_videollama3 import VideoLlama3VisionModel
 from ..processing.processing_videollama3 import VideoLlama3Processor
 from .adapters import add_adapter, four_bit_config, merge_adapter
-from .length_index import Progress, sample_lengths
+from .length_index import Numbers, Progress, rows_for, sample_lengths
 from .packing import TOKENS, Lengths, PackedBatchSampler
 from .recipe import MUON, Recipe, training_arguments
 from .trainer import ModuleRates, RowLimits, VideoLlama3Trainer
 
 RECORD_NAME = "training_record.json"
+# Rows that are read beyond what `max_steps` asks for, as a share of that: updates do not have equally many samples.
+_SPARE_ROWS = 0.2
 
 
 def run_recipe(
@@ -56,7 +59,7 @@ def run_recipe(
     train, held_out = _datasets(recipe, processor)
     # Made before anything else: it tells how many processes there are.
     arguments = training_arguments(recipe, gradient_accumulation_steps=1, tensorboard=_installed("tensorboard"))
-    lengths = None if recipe.data.streaming else _lengths(recipe, train, arguments, progress)
+    lengths, rows = (None, None) if recipe.data.streaming else _lengths(recipe, train, arguments, progress)
     if measure_only:
         return {"num_train_samples": 0 if lengths is None else int((lengths[:, TOKENS] > 0).sum())}
     arguments.gradient_accumulation_steps = accumulation_steps(recipe, lengths, world_size=arguments.world_size)
@@ -79,6 +82,8 @@ def run_recipe(
     evaluation = trainer.evaluate() if held_out is not None else {}
     _save_final(recipe, trainer)
     trainer.save_state()
+    if lengths is not None and rows is not None:
+        lengths = lengths[rows]
     record = _record(recipe, trainer, lengths, result.training_loss, evaluation)
     if arguments.should_save:
         _write_record(recipe, record)
@@ -166,11 +171,48 @@ def _datasets(recipe: Recipe, processor: Any) -> tuple[Any, Any]:
     return TrainingDataset(list(data.train), processor, **options), held_out
 
 
-def _lengths(recipe: Recipe, dataset: Any, arguments: Any, progress: Progress | None) -> Lengths:
+def _lengths(
+    recipe: Recipe, dataset: Any, arguments: Any, progress: Progress | None
+) -> tuple[Lengths, Numbers | None]:
+    """Lengths of the rows that a run can come to, and the numbers of these; None for all."""
+    wanted = _wanted_samples(recipe)
+    rows = None if wanted is None else rows_for(len(dataset), wanted, seed=recipe.schedule.seed)
+    lengths = _measure(recipe, dataset, arguments, progress, rows)
+    if rows is not None and _ends_early(recipe, lengths, world_size=arguments.world_size):
+        # Few long rows, or many that were skipped: an update takes more samples than asked for.
+        rows = None
+        lengths = _measure(recipe, dataset, arguments, progress, rows)
+    return lengths, rows
+
+
+def _measure(recipe: Recipe, dataset: Any, arguments: Any, progress: Progress | None, rows: Numbers | None) -> Lengths:
     with arguments.main_process_first(local=False, desc="lengths of samples"):
         return sample_lengths(
-            dataset, folder=_length_folder(recipe), num_workers=recipe.data.workers, progress=progress
+            dataset, folder=_length_folder(recipe), rows=rows, num_workers=recipe.data.workers, progress=progress
         )
+
+
+def _wanted_samples(recipe: Recipe) -> int | None:
+    """Samples that `max_steps` updates take and some to spare; None where that is not known before they are read."""
+    if recipe.schedule.max_steps is None or recipe.batch.gradient_accumulation_steps is not None:
+        return None
+    return math.ceil(recipe.schedule.max_steps * recipe.batch.samples_per_update * (1 + _SPARE_ROWS))
+
+
+def _ends_early(recipe: Recipe, lengths: Lengths, *, world_size: int) -> bool:
+    """Whether `max_steps` updates would come to the end of what was read, and so read some of it twice."""
+    assert recipe.schedule.max_steps is not None
+    if not (lengths[:, TOKENS] > 0).any():
+        return True
+    packs_per_update = accumulation_steps(recipe, lengths, world_size=world_size) * world_size
+    sampler = PackedBatchSampler(
+        lengths,
+        **dataclasses.asdict(row_limits(recipe)),
+        seed=recipe.schedule.seed,
+        window=recipe.batch.window,
+        packs_per_update=packs_per_update,
+    )
+    return sampler.num_packs < recipe.schedule.max_steps * packs_per_update
 
 
 def _length_folder(recipe: Recipe) -> str:
