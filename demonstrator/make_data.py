@@ -10,6 +10,8 @@ processes. Scenes come from `scenes.py`, words from `questions.py`.
     FOLDER/motions.jsonl: of those clips the ones of one shape once more, asked which way it moves, where it is when
         and what is there; those of shapes that stand or move little twice
     FOLDER/directions.jsonl: the former alone, of shapes that stand or move little above all
+    FOLDER/each.jsonl: those of several shapes once more, with one kind of question on each of them
+    FOLDER/events.jsonl: those in which something appears or vanishes once more, asked what came first, and when
     FOLDER/streams.jsonl: clips in which something happens, with a request to tell when
     FOLDER/review.jsonl: more pictures and clips, so that later stages forget nothing
     FOLDER/presences.jsonl: these once more, asked whether something is there, and how many are
@@ -33,7 +35,8 @@ import numpy as np
 
 from videollama3.processing.prompt_tokens import SYSTEM_PROMPT
 
-from .questions import Turn, ask, conversation, description, stream_conversation
+from .conversations import any_talk, description, one_by_one, stream_conversation, whether
+from .questions import Turn, ask
 from .scene_facts import Event, events, seen_direction, seen_motion
 from .scenes import TICK_SECONDS, Scene, random_clip, random_encoding, random_picture, write_clip, write_picture
 
@@ -43,7 +46,6 @@ Row = dict[str, Any]
 SHARE_WITH_SYSTEM_PROMPT = 0.35
 SHARE_WITH_SYSTEM_PROMPT_MOTIONS = 0.5
 SHARE_WITH_SYSTEM_PROMPT_LATE = 0.75
-SHARE_OF_DESCRIPTIONS = 0.25
 # Of the questions on motions: where the shape is at each second, and whether that comes before its direction.
 SHARE_WITH_TRACK = 0.5
 SHARE_WITH_TRACK_FIRST = 0.25
@@ -51,15 +53,13 @@ SHARE_WITH_PRESENCE = 0.5
 # Of the questions on what happens: a list of all that does, and whether it comes before the others.
 SHARE_WITH_LIST = 0.5
 SHARE_WITH_LIST_FIRST = 0.25
-# Of questions such as "Is it red?" in a row on one shape.
-NUM_CHECKS = 5
 # Of the streaming clips: something else happens before or after what is waited for.
 SHARE_OF_STREAMS_WITH_MORE = 0.75
 # Of the frame's width or height.
 SMALL_MOTION = 0.2
 LARGE_MOTION = 0.3
 CAPTIONS, PICTURES, CLIPS, STREAMS, REVIEW, HELDOUT_PICTURES, HELDOUT_CLIPS = range(7)
-MOTIONS, DIRECTIONS, PRESENCES, EVENTS = range(7, 11)
+MOTIONS, DIRECTIONS, PRESENCES, EVENTS, EACH = range(7, 12)
 _FOLDERS = ("captions", "pictures", "clips", "streams", "review", "heldout_pictures", "heldout_clips")
 
 
@@ -105,11 +105,6 @@ def _row(
     return row_of(turns, media={kind: [name]}, tag=f"<{kind}>", system_prompt=system_prompt)
 
 
-def _talk(rng: np.random.Generator, scene: Scene) -> list[Turn]:
-    """A description or several questions: what is encoded once is asked about several times."""
-    return description(rng, scene) if rng.random() < SHARE_OF_DESCRIPTIONS else conversation(rng, scene)
-
-
 def make_caption(number: int, *, folder: Path, seed: int) -> list[Row]:
     """Writes a picture of one shape and returns a row that describes it."""
     rng = rng_of(seed, CAPTIONS, number)
@@ -125,7 +120,7 @@ def make_picture(number: int, *, folder: Path, part: int, seed: int) -> list[Row
     scene = random_picture(rng)
     name = f"{_FOLDERS[part]}/{number:06d}.png"
     write_picture(scene, folder / name)
-    return [_row(rng, name, "image", _talk(rng, scene))]
+    return [_row(rng, name, "image", any_talk(rng, scene))]
 
 
 def make_clip(number: int, *, folder: Path, part: int, seed: int) -> list[Row]:
@@ -134,7 +129,7 @@ def make_clip(number: int, *, folder: Path, part: int, seed: int) -> list[Row]:
     scene = random_clip(rng)
     name = f"{_FOLDERS[part]}/{number:06d}.mp4"
     write_clip(scene, folder / name, random_encoding(rng))
-    return [_row(rng, name, "video", _talk(rng, scene))]
+    return [_row(rng, name, "video", any_talk(rng, scene))]
 
 
 def make_motion(number: int, *, seed: int) -> list[Row]:
@@ -154,7 +149,7 @@ def make_motion(number: int, *, seed: int) -> list[Row]:
             # The direction mostly first: after the places it could be read off them.
             kinds.insert(0 if rng.random() < SHARE_WITH_TRACK_FIRST else 1, "track")
         if rng.random() < SHARE_WITH_PRESENCE:
-            kinds.append("presence")
+            kinds += ["check", "presence"]
         turns = [turn for kind in kinds if (turn := ask(rng, scene, kind)) is not None]
         if any(turn.kind == "direction" for turn in turns):
             name = f"{_FOLDERS[CLIPS]}/{number:06d}.mp4"
@@ -165,18 +160,28 @@ def make_motion(number: int, *, seed: int) -> list[Row]:
 def make_direction(number: int, *, seed: int) -> list[Row]:
     """Rows on a clip that `make_clip` writes, if it shows one shape: which way it moves, mostly after a system prompt.
 
-    More of what is learnt last: half of the large motions are left out, half of the shapes that stand come twice.
+    More of what is learnt last: most of the large motions are left out, half of the shapes that stand come twice.
     """
     scene = random_clip(rng_of(seed, CLIPS, number))
     if len(scene.shapes) != 1:
         return []
     rng = rng_of(seed, DIRECTIONS, number)
     direction, amount = seen_direction(scene, scene.shapes[0]), seen_motion(scene, scene.shapes[0])
-    if direction is None or (amount >= LARGE_MOTION and number % 2):
+    if direction is None or (amount >= LARGE_MOTION and number % 4):
         return []
     name = f"{_FOLDERS[CLIPS]}/{number:06d}.mp4"
     turns = [ask(rng, scene, "direction") for _ in range(2 if direction == "none" and number % 2 else 1)]
     return [_row(rng, name, "video", [turn], SHARE_WITH_SYSTEM_PROMPT_LATE) for turn in turns if turn is not None]
+
+
+def make_each(number: int, *, seed: int) -> list[Row]:
+    """A row on a clip that `make_clip` writes, if it shows several shapes: one kind of question on each of them."""
+    scene = random_clip(rng_of(seed, CLIPS, number))
+    if len(scene.shapes) < 2:
+        return []
+    rng = rng_of(seed, EACH, number)
+    name = f"{_FOLDERS[CLIPS]}/{number:06d}.mp4"
+    return [_row(rng, name, "video", one_by_one(rng, scene), SHARE_WITH_SYSTEM_PROMPT_MOTIONS)]
 
 
 def make_event(number: int, *, seed: int) -> list[Row]:
@@ -185,10 +190,13 @@ def make_event(number: int, *, seed: int) -> list[Row]:
     if not events(scene):
         return []
     rng = rng_of(seed, EVENTS, number)
-    kinds = [str(kind) for kind in rng.permutation(["order", "when"])]
+    happened = events(scene)
+    asked = [("order", None), *(("when", happened[i].shape) for i in rng.permutation(len(happened)))]
+    # What came first stands first or last, as the times tell it.
+    asked = asked if rng.random() < 0.7 else [*asked[1:], asked[0]]
     if rng.random() < SHARE_WITH_LIST:
-        kinds.insert(0 if rng.random() < SHARE_WITH_LIST_FIRST else len(kinds), "events")
-    turns = [turn for kind in kinds if (turn := ask(rng, scene, kind)) is not None]
+        asked.insert(0 if rng.random() < SHARE_WITH_LIST_FIRST else len(asked), ("events", None))
+    turns = [turn for kind, shape in asked if (turn := ask(rng, scene, kind, shape=shape)) is not None]
     name = f"{_FOLDERS[CLIPS]}/{number:06d}.mp4"
     return [_row(rng, name, "video", turns, SHARE_WITH_SYSTEM_PROMPT_MOTIONS)] if turns else []
 
@@ -200,24 +208,13 @@ def make_review(number: int, *, folder: Path, seed: int) -> list[Row]:
 
 
 def make_presence(number: int, *, seed: int) -> list[Row]:
-    """Two rows on a file that `make_review` writes: whether some shapes are there, and how many are.
-
-    Trained on directions, the model says yes to all. Several such questions cost little more than one, and those on
-    one attribute, with answers of one word, are what it learns to say no to first.
-    """
+    """A row on a file that `make_review` writes: whether some shapes are there, and how many are."""
     rng = rng_of(seed, REVIEW, number)
     scene, medium, suffix = (random_clip(rng), "video", "mp4") if number % 2 else (random_picture(rng), "image", "png")
     rng = rng_of(seed, PRESENCES, number)
     name = f"{_FOLDERS[REVIEW]}/{number:06d}.{suffix}"
-    rows = []
-    for _ in range(2):
-        kinds = rng.permutation(["presence", "presence", "presence", "count", *["check"] * NUM_CHECKS])
-        asked = [turn for kind in kinds if (turn := ask(rng, scene, str(kind))) is not None]
-        # No answer that could be copied from one before it.
-        turns = {turn.question if turn.kind == "check" else turn.answer: turn for turn in asked}
-        if turns:
-            rows.append(_row(rng, name, medium, list(turns.values()), SHARE_WITH_SYSTEM_PROMPT_LATE))
-    return rows
+    turns = whether(rng, scene)
+    return [_row(rng, name, medium, turns, SHARE_WITH_SYSTEM_PROMPT_LATE)] if turns else []
 
 
 def stream_scene(rng: np.random.Generator) -> Scene:
@@ -292,6 +289,7 @@ def make_data(folder: Path, *, counts: Counts, seed: int = 0, processes: int = 2
         "clips": (functools.partial(make_clip, part=CLIPS, **shared), counts.clips),
         "motions": (functools.partial(make_motion, seed=seed), counts.clips),
         "directions": (functools.partial(make_direction, seed=seed), counts.clips),
+        "each": (functools.partial(make_each, seed=seed), counts.clips),
         "events": (functools.partial(make_event, seed=seed), counts.clips),
         "streams": (functools.partial(make_stream, **shared), counts.streams),
         "review": (functools.partial(make_review, **shared), counts.review),

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from videollama3.processing.prompt_tokens import SYSTEM_PROMPT
 from videollama3.random_checkpoint import SPECIAL_TOKENS
 
-from .questions import conversation, description, stream_conversation
+from .conversations import any_talk, description, stream_conversation
 from .scenes import TICK_SECONDS, random_clip, random_picture
 
 VOCABULARY_SIZE = 600
@@ -33,7 +33,7 @@ def _texts(seed: int, num_scenes: int) -> Iterator[str]:
     rng = np.random.default_rng(seed)
     for i in range(num_scenes):
         scene = random_clip(rng) if i % 3 else random_picture(rng)
-        for turn in (*conversation(rng, scene), *description(rng, scene)):
+        for turn in (*any_talk(rng, scene), *description(rng, scene)):
             yield f"user\n{turn.question}"
             yield f"assistant\n{turn.answer}"
         for message in stream_conversation(rng, scene) or ():

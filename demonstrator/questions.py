@@ -1,20 +1,20 @@
-"""Questions in plain English on a scene, with true answers, in many wordings; captions and streaming turns.
+"""Questions in plain English on a scene, with true answers, in many wordings; captions.
 
 A `Scene` and a random generator enter, question-and-answer pairs leave, each with its kind and what counts as right;
-drawing is left to `scenes.py`, what is true to `scene_facts.py`, files to `make_data.py`.
+words are left to `wording.py`, what is true to `scene_facts.py`, what is asked together to `conversations.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 
 import numpy as np
 
-from .scene_facts import Event, cell, events, position, seen_direction, seen_motion
+from .scene_facts import cell, events, position, seen_direction, seen_motion
 from .scenes import COLORS, KINDS, Direction, Scene, Shape
+from .wording import reference, roughen, say, unique
 
 Rng = np.random.Generator
 
@@ -26,13 +26,8 @@ _MOVES: dict[Direction, str] = {
     "down": "moves down",
     "none": "does not move",
 }
-# Of the conversations on clips: an answer is as long as the others together.
-SHARE_WITH_TRACK = 0.35
 # Seconds by which an answer to "when" may be off: with ticks of a second, none.
 WHEN_TOLERANCE = 0.5
-# Seconds from where a clip is watched: a request at this time stands before the first frame, where `videollama3 watch`
-# puts it.
-BEFORE_THE_CLIP = -1.0
 # A cell of the 10 x 10 grid, as `scene_facts.cell` names it.
 _CELL = re.compile(r"\((\d), (\d)\)")
 
@@ -71,83 +66,12 @@ _POSITIONS = (
 )
 
 
-def _unique(scene: Scene, shape: Shape, field: str) -> bool:
-    return sum(getattr(other, field) == getattr(shape, field) for other in scene.shapes) == 1
-
-
-def _reference(rng: Rng, scene: Scene, shape: Shape, hide: str = "") -> str | None:
-    """A phrase that names one shape of several, without saying what `hide` asks for."""
-    options = []
-    if len(scene.shapes) == 1:
-        options += ["shape", "object", "thing", "figure"] if rng.random() < 0.4 else ["shape"]
-    if hide != "color" and hide != "kind":
-        options.append(shape.name)
-    if hide != "color" and _unique(scene, shape, "color"):
-        options += [f"{shape.color} shape", f"{shape.color} object", f"{shape.color} one"]
-    if hide != "kind" and _unique(scene, shape, "kind"):
-        options.append(shape.kind)
-    if not options:
-        return None
-    if len(scene.shapes) == 1 and rng.random() < 0.6:
-        return options[0]
-    return str(rng.choice(options))
-
-
-# ---------------------------------------------------------------------- wording
-
-
-def _say(rng: Rng, options: list[str], media: str, **names: str) -> str:
-    text = str(rng.choice(options)).replace("VIDEO", media)
-    for name, value in names.items():
-        text = text.replace(name, value)
-    return text
-
-
-def _roughen(rng: Rng, text: str) -> str:
-    """Changes case and punctuation, or adds a few words around, as people do."""
-    draw = rng.random()
-    if draw < 0.12:
-        text = (
-            str(
-                rng.choice(
-                    [
-                        "Look at the video. ",
-                        "Please answer: ",
-                        "Tell me: ",
-                        "Question: ",
-                        "Watch closely. ",
-                        "Can you tell me: ",
-                        "In this video: ",
-                    ]
-                )
-            )
-            + text
-        )
-    elif draw < 0.2:
-        text += str(
-            rng.choice(
-                [" Answer briefly.", " Answer in one word.", " Please answer.", " Answer in one sentence.", " Thanks."]
-            )
-        )
-    draw = rng.random()
-    if draw < 0.15:
-        text = text.lower()
-    elif draw < 0.18:
-        text = text.upper()
-    draw = rng.random()
-    if draw < 0.15:
-        text = text.rstrip("?.")
-    elif draw < 0.2:
-        text = text.rstrip("?.") + " ?"
-    return text
-
-
-def _color(rng: Rng, scene: Scene, media: str) -> Turn | None:
-    shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
-    name = _reference(rng, scene, shape, hide="color")
+def _color(rng: Rng, scene: Scene, media: str, shape: Shape | None = None) -> Turn | None:
+    shape = shape or scene.shapes[int(rng.integers(len(scene.shapes)))]
+    name = reference(rng, scene, shape, hide="color")
     if name is None:
         return None
-    question = _say(
+    question = say(
         rng,
         [
             "What color is the NAME?",
@@ -169,14 +93,14 @@ def _color(rng: Rng, scene: Scene, media: str) -> Turn | None:
         media,
         NAME=name,
     )
-    answer = _say(rng, ["The NAME is COLOR."], media, NAME=name if name != "thing" else "shape", COLOR=shape.color)
+    answer = say(rng, ["The NAME is COLOR."], media, NAME=name if name != "thing" else "shape", COLOR=shape.color)
     return Turn("color", question, answer, shape.color, ("red", "green", "blue", "yellow", "purple", "white"))
 
 
-def _shape(rng: Rng, scene: Scene, media: str) -> Turn | None:
-    shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
+def _shape(rng: Rng, scene: Scene, media: str, shape: Shape | None = None) -> Turn | None:
+    shape = shape or scene.shapes[int(rng.integers(len(scene.shapes)))]
     if len(scene.shapes) == 1:
-        question = _say(
+        question = say(
             rng,
             [
                 "What shape is it?",
@@ -206,9 +130,9 @@ def _shape(rng: Rng, scene: Scene, media: str) -> Turn | None:
         )
         answer = f"It is a {shape.kind}."
     else:
-        if not _unique(scene, shape, "color"):
+        if not unique(scene, shape, "color"):
             return None
-        question = _say(
+        question = say(
             rng,
             [
                 "What shape is the COLOR object?",
@@ -227,13 +151,13 @@ def _shape(rng: Rng, scene: Scene, media: str) -> Turn | None:
     return Turn("shape", question, answer, shape.kind, ("circle", "square", "triangle", "cross"))
 
 
-def _direction(rng: Rng, scene: Scene, media: str) -> Turn | None:
-    shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
+def _direction(rng: Rng, scene: Scene, media: str, shape: Shape | None = None) -> Turn | None:
+    shape = shape or scene.shapes[int(rng.integers(len(scene.shapes)))]
     direction = seen_direction(scene, shape)
-    name = _reference(rng, scene, shape)
+    name = reference(rng, scene, shape)
     if direction is None or name is None:
         return None
-    question = _say(
+    question = say(
         rng,
         [
             "Which way does the NAME move?",
@@ -274,7 +198,7 @@ def _direction(rng: Rng, scene: Scene, media: str) -> Turn | None:
 
 
 def _count(rng: Rng, scene: Scene, media: str) -> Turn | None:
-    question = _say(
+    question = say(
         rng,
         [
             "How many shapes are there?",
@@ -301,17 +225,17 @@ def _count(rng: Rng, scene: Scene, media: str) -> Turn | None:
     return Turn("count", question, answer, word, NUMBERS[1:])
 
 
-def _position(rng: Rng, scene: Scene, media: str) -> Turn | None:
-    shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
+def _position(rng: Rng, scene: Scene, media: str, shape: Shape | None = None) -> Turn | None:
+    shape = shape or scene.shapes[int(rng.integers(len(scene.shapes)))]
     frames = scene.sampled_frames()
     moments = ("",) if len(frames) < 2 else ("", " at the beginning", " at first", " at the end", " at last")
     moment = str(rng.choice(moments))
     frame = {"": None, " at the beginning": frames[0], " at first": frames[0]}.get(moment, frames[-1])
     place = position(scene, shape, frame)
-    name = _reference(rng, scene, shape)
+    name = reference(rng, scene, shape)
     if place is None or name is None:
         return None
-    question = _say(
+    question = say(
         rng,
         [
             "Where is the NAMEWHEN?",
@@ -331,13 +255,13 @@ def _position(rng: Rng, scene: Scene, media: str) -> Turn | None:
     return Turn("position", question, answer, place, tuple(p for p in _POSITIONS if p not in place))
 
 
-def _track(rng: Rng, scene: Scene, media: str) -> Turn | None:
-    shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
-    name = _reference(rng, scene, shape)
+def _track(rng: Rng, scene: Scene, media: str, shape: Shape | None = None) -> Turn | None:
+    shape = shape or scene.shapes[int(rng.integers(len(scene.shapes)))]
+    name = reference(rng, scene, shape)
     frames = scene.seen_frames(shape)
     if scene.num_frames == 1 or name is None or not frames:
         return None
-    question = _say(
+    question = say(
         rng,
         [
             "Track the NAME.",
@@ -361,7 +285,7 @@ def _presence(rng: Rng, scene: Scene, media: str) -> Turn | None:
         color = str(rng.choice(COLORS)) if rng.random() < 0.5 else color
         kind = str(rng.choice(KINDS))
     there = any(s.color == color and s.kind == kind for s in scene.shapes)
-    question = _say(
+    question = say(
         rng,
         [
             "Is there a NAME?",
@@ -391,7 +315,7 @@ def _check(rng: Rng, scene: Scene, media: str) -> Turn | None:
         else:
             kind = str(rng.choice([other for other in KINDS if other != kind]))
     name = {"color": color, "kind": f"a {kind}", "both": f"a {color} {kind}"}[asked]
-    question = _say(rng, ["Is it NAME?", "Is the shape NAME?", "Is the object NAME?"], media, NAME=name)
+    question = say(rng, ["Is it NAME?", "Is the shape NAME?", "Is the object NAME?"], media, NAME=name)
     word = "yes" if (color, kind) == (shape.color, shape.kind) else "no"
     return Turn("check", question, f"{word.capitalize()}.", word, ("yes", "no"))
 
@@ -404,7 +328,7 @@ def _order(rng: Rng, scene: Scene, media: str) -> Turn | None:
     appeared = [event for event in happened if event.verb == "appears"]
     if len(appeared) >= 2 and rng.random() < 0.4:
         first = appeared[0]
-        question = _say(
+        question = say(
             rng,
             [
                 "Which shape appears first?",
@@ -416,7 +340,7 @@ def _order(rng: Rng, scene: Scene, media: str) -> Turn | None:
             media,
         )
     else:
-        question = _say(
+        question = say(
             rng,
             [
                 "What happened first?",
@@ -431,16 +355,16 @@ def _order(rng: Rng, scene: Scene, media: str) -> Turn | None:
     return Turn("order", question, answer, f"{first.shape.name} {first.verb}")
 
 
-def _when(rng: Rng, scene: Scene, media: str) -> Turn | None:
-    happened = events(scene)
+def _when(rng: Rng, scene: Scene, media: str, shape: Shape | None = None) -> Turn | None:
+    happened = [event for event in events(scene) if shape in (None, event.shape)]
     if not happened:
         return None
     event = happened[int(rng.integers(len(happened)))]
-    name = _reference(rng, scene, event.shape)
+    name = reference(rng, scene, event.shape)
     if name is None:
         return None
     stem = event.verb.removesuffix("es").removesuffix("s") if event.verb == "vanishes" else "appear"
-    question = _say(
+    question = say(
         rng,
         [
             f"When does the NAME {stem}?",
@@ -458,7 +382,7 @@ def _when(rng: Rng, scene: Scene, media: str) -> Turn | None:
 
 
 def _events(rng: Rng, scene: Scene, media: str) -> Turn:
-    question = _say(
+    question = say(
         rng,
         [
             "List what happens.",
@@ -505,7 +429,7 @@ def caption(scene: Scene) -> str:
 
 
 def _caption(rng: Rng, scene: Scene, media: str) -> Turn:
-    question = _say(
+    question = say(
         rng,
         [
             "Describe the VIDEO.",
@@ -521,115 +445,46 @@ def _caption(rng: Rng, scene: Scene, media: str) -> Turn:
     return Turn("caption", question, text, text.lower())
 
 
-_MAKERS: dict[str, Callable[[Rng, Scene, str], Turn | None]] = {
+_ON_ONE_SHAPE: dict[str, Callable[[Rng, Scene, str, Shape | None], Turn | None]] = {
     "color": _color,
     "shape": _shape,
     "direction": _direction,
-    "count": _count,
     "position": _position,
     "track": _track,
+    "when": _when,
+}
+_ON_THE_SCENE: dict[str, Callable[[Rng, Scene, str], Turn | None]] = {
+    "count": _count,
     "presence": _presence,
     "check": _check,
     "order": _order,
-    "when": _when,
     "events": _events,
     "caption": _caption,
 }
+_ON_CLIPS_ONLY = ("direction", "track", "order", "when", "events")
 
 
-def ask(rng: Rng, scene: Scene, kind: str, *, rough: bool = True) -> Turn | None:
+def ask(rng: Rng, scene: Scene, kind: str, *, shape: Shape | None = None, rough: bool = True) -> Turn | None:
     """A question of one kind; None where the scene has no clear answer to it.
 
     Args:
         rng: chooses shape and wording.
         scene: what is asked about.
         kind: a name of `Turn.kind`.
+        shape: which of its shapes is asked about, where the kind of question is on one; by chance for None.
         rough: whether case, punctuation and words around the question vary.
     """
     media = "image" if scene.num_frames == 1 else "video"
     if media == "image" and rng.random() < 0.5:
         media = "picture"
-    if not scene.shapes or (scene.num_frames == 1 and kind in ("direction", "track", "order", "when", "events")):
+    if not scene.shapes or (scene.num_frames == 1 and kind in _ON_CLIPS_ONLY):
         return None
-    turn = _MAKERS[kind](rng, scene, media)
+    one = _ON_ONE_SHAPE.get(kind)
+    turn = one(rng, scene, media, shape) if one else _ON_THE_SCENE[kind](rng, scene, media)
     if turn is None or not rough:
         return turn
-    question = _roughen(rng, turn.question)
+    question = roughen(rng, turn.question)
     return dataclasses.replace(turn, question=question if media == "video" else question.replace("video", "picture"))
-
-
-def description(rng: Rng, scene: Scene) -> list[Turn]:
-    """A caption alone: the row from which attributes are learnt fastest."""
-    return [_caption(rng, scene, "video" if scene.num_frames > 1 else "image")]
-
-
-def conversation(rng: Rng, scene: Scene, *, max_turns: int = 6) -> list[Turn]:
-    """Several questions on one scene, in random order.
-
-    A caption, where there is one, comes last: what it says would answer every question after it.
-    """
-    kinds = ["color", "shape", "direction", "count", "position", "presence", "order", "when"]
-    if scene.num_frames > 1 and rng.random() < SHARE_WITH_TRACK:
-        kinds.append("track")
-    turns = [turn for kind in rng.permutation(kinds) if (turn := ask(rng, scene, str(kind))) is not None]
-    turns = turns[: int(rng.integers(max(1, max_turns - 2), max_turns + 1))]
-    return turns + description(rng, scene) if rng.random() < 0.3 else turns
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamTurn:
-    """A message of a streaming conversation.
-
-    Attributes:
-        role: user or assistant.
-        content: what is said.
-        seconds: when.
-    """
-
-    role: str
-    content: str
-    seconds: float
-
-
-def stream_conversation(
-    rng: Rng, scene: Scene, event: Event | None = None, *, start_seconds: float = 0.0
-) -> list[StreamTurn] | None:
-    """A request such as "Tell me when the red circle appears." before the clip, and its answer when it happens.
-
-    Args:
-        rng: chooses wording and, where `event` is None, what is waited for.
-        scene: what is watched.
-        event: that is waited for.
-        start_seconds: from where on it is watched.
-
-    Returns:
-        Messages in order of time; None for a scene in which nothing appears or vanishes.
-    """
-    happened = events(scene)
-    if not happened:
-        return None
-    event = event or happened[int(rng.integers(len(happened)))]
-    name = event.shape.name if rng.random() < 0.7 else _reference(rng, scene, event.shape) or event.shape.name
-    verb = event.verb
-    request = _say(
-        rng,
-        [
-            f"Tell me when the NAME {verb}.",
-            f"Tell me when the NAME {verb}.",
-            f"Say when the NAME {verb}.",
-            f"Let me know when the NAME {verb}.",
-            f"Please tell me as soon as the NAME {verb}.",
-            f"Tell me when a NAME {verb}.",
-        ],
-        "video",
-        NAME=name,
-    )
-    seconds = math.floor(event.frame / scene.rate * 100) / 100
-    label = scene.label(event.frame)
-    return [
-        StreamTurn("user", _roughen(rng, request), start_seconds + BEFORE_THE_CLIP),
-        StreamTurn("assistant", f"The {name} {verb} now.", max(seconds, label)),
-    ]
 
 
 def _cells_agree(text: str, other: str) -> bool:

@@ -433,7 +433,7 @@ def random_picture(rng: Rng, count: int | None = None) -> Scene:
 
 def random_clip(rng: Rng, kind: Literal["one", "several", "events"] | None = None) -> Scene:
     """A clip: one shape, several shapes, or shapes that appear and vanish; by chance where `kind` is None."""
-    chosen = kind or str(rng.choice(["one", "several", "events"], p=[0.5, 0.25, 0.25]))
+    chosen = kind or str(rng.choice(["one", "several", "events"], p=[0.42, 0.28, 0.3]))
     rate, num_frames = _random_length(rng)
     if chosen == "one":
         return _random_scene(rng, count=1, rate=rate, num_frames=num_frames, events=False, share_moving=0.8)

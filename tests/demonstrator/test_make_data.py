@@ -10,6 +10,7 @@ from demonstrator.make_data import (
     Counts,
     make_data,
     make_direction,
+    make_each,
     make_event,
     make_motion,
     make_picture,
@@ -35,10 +36,11 @@ def test_rows_are_what_training_reads(tmp_path):
         "clips": 1,
         "motions": 1,
         "directions": 1,
+        "each": 0,
         "events": 0,
         "streams": 1,
         "review": 2,
-        "presences": 4,
+        "presences": 2,
         "heldout_pictures": 1,
         "heldout_clips": 1,
     }
@@ -98,6 +100,24 @@ def test_no_answer_about_what_is_there_can_be_copied_from_one_before_it():
             assert len(set(told)) == len(told)
             answers += said
     assert 0.4 < np.mean([text == "Yes." for text in answers if text in ("Yes.", "No.")]) < 0.6
+
+
+def test_each_of_several_shapes_is_asked_about():
+    kinds = set()
+    for number in range(120):
+        scene = random_clip(rng_of(0, CLIPS, number))
+        rows = make_each(number, seed=0)
+        assert len(rows) == (len(scene.shapes) > 1)
+        for row in rows:
+            answers = [said["value"] for said in row["conversations"] if said["from"] == "gpt"]
+            (count,) = (text for text in answers if text.startswith("There are "))
+            answers.remove(count)
+            assert len(answers) <= len(scene.shapes)
+            kinds |= {text.split()[0] for text in answers}
+            if answers and answers[0].startswith("The "):
+                told = [text.rstrip(".").split()[-1] for text in answers]
+                assert set(told) <= {shape.color for shape in scene.shapes}
+    assert kinds == {"The", "It"}
 
 
 def test_what_happens_is_asked_about_clips_in_which_something_does():

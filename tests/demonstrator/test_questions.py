@@ -4,15 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from demonstrator.questions import (
-    BEFORE_THE_CLIP,
-    Turn,
-    ask,
-    caption,
-    conversation,
-    is_right,
-    stream_conversation,
-)
+from demonstrator.conversations import BEFORE_THE_CLIP, conversation, one_by_one, stream_conversation, whether
+from demonstrator.questions import Turn, ask, caption, is_right
 from demonstrator.scene_facts import cell, events, position, seen_direction
 from demonstrator.scenes import Motion, Shape, random_clip, random_picture
 
@@ -174,6 +167,39 @@ def test_questions_do_not_give_their_answer_away():
             turn = ask(generator, scene, kind)
             if turn is not None:
                 assert turn.key not in turn.question.lower(), turn
+
+
+def test_one_kind_of_question_on_every_shape():
+    scene = scene_of(RED_CIRCLE, BLUE_SQUARE)
+    seen = set()
+    for seed in range(60):
+        turns = one_by_one(np.random.default_rng(seed), scene)
+        assert sorted(turn.kind for turn in turns).count("count") == 1
+        (kind,) = {turn.kind for turn in turns} - {"count"}
+        seen.add(kind)
+        if kind in ("color", "shape"):
+            expected = {"red", "blue"} if kind == "color" else {"circle", "square"}
+            assert {turn.key for turn in turns if turn.kind == kind} == expected
+    assert seen == {"color", "shape", "position", "direction"}
+
+
+def test_whether_something_is_there_is_asked_of_one_shape_and_of_several():
+    for scene, kinds in (
+        (scene_of(RED_CIRCLE), {"presence", "check", "count"}),
+        (scene_of(RED_CIRCLE, BLUE_SQUARE), {"presence", "count"}),
+    ):
+        asked = [turn for seed in range(40) for turn in whether(np.random.default_rng(seed), scene)]
+        assert {turn.kind for turn in asked} == kinds
+        assert {turn.key for turn in asked if turn.kind == "presence"} == {"yes", "no,"}
+
+
+def test_a_question_on_a_shape_of_choice():
+    scene = scene_of(dataclasses.replace(RED_CIRCLE, first_frame=22), BLUE_SQUARE, rate=10)
+    for seed in range(20):
+        at = np.random.default_rng(seed)
+        assert ask(at, scene, "color", shape=BLUE_SQUARE).key == "blue"
+        assert ask(at, scene, "when", shape=scene.shapes[0]).key == "2.0"
+        assert ask(at, scene, "when", shape=BLUE_SQUARE) is None
 
 
 def test_a_caption_stands_last():
