@@ -78,7 +78,7 @@ class Counts:
 
     captions: int = 14000
     pictures: int = 24000
-    clips: int = 12000
+    clips: int = 10000
     streams: int = 2000
     review: int = 3000
     heldout: int = 200
