@@ -233,7 +233,7 @@ def evaluate(
             Path(folder), num_pictures=num_pictures, num_clips=num_clips, seed=seed, scenes=scenes, kinds=kinds
         )
         pruned = answer(model, processor, questions)
-        whole = answer(model, processor, questions, prune=False) if both else None
+        whole = answer(model, processor, questions, prune=False) if both and num_clips else None
     report = summarize(questions, pruned, whole)
     report["wrong"] = [
         f"{q.scene}: {q.turn.question} | {q.turn.answer} | {a.text}"
@@ -279,12 +279,13 @@ def main() -> None:
             "python": platform.python_version(),
         },
     )
-    whole = report["accuracy_without_pruning"]
+    whole = report.get("accuracy_without_pruning", {})
     for name, score in report["accuracy"].items():
         without = f"{whole[name]['percent']:7.1f} % without pruning" if name in whole else ""
         print(f"{name:45}{score['percent']:7.1f} %{score['questions']:6} questions{without}")
-    print(f"{report['pruned_percent']} % of the clips' visual tokens pruned")
-    print(f"same answer without pruning: {report['same_without_pruning']['percent']} %")
+    if options.clips:
+        print(f"{report['pruned_percent']} % of the clips' visual tokens pruned")
+        print(f"same answer without pruning: {report['same_without_pruning']['percent']} %")
     if options.output is not None:
         options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

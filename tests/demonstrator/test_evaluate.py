@@ -92,6 +92,13 @@ def test_random_weights_are_evaluated(demonstrator):
     )
 
 
+def test_pictures_alone(demonstrator):
+    report = evaluate(*demonstrator, num_pictures=1, num_clips=0)
+    assert report["pruned_percent"] is None
+    assert {name.split("/")[0] for name in report["accuracy"]} == {"image"}
+    assert "same_without_pruning" not in report
+
+
 def test_a_batch_answers_as_its_questions_alone(demonstrator, tmp_path):
     questions = make_questions(tmp_path, num_pictures=1, num_clips=1)[:4]
     together = answer(*demonstrator, questions)

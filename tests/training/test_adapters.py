@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from videollama3 import VideoLlama3ForCausalLM
-from videollama3.training.adapters import add_adapter
+from videollama3.training.adapters import NOT_QUANTIZED, add_adapter
 from videollama3.training.collator import PackingCollator
 from videollama3.training.recipe import AdapterRecipe, load_recipe
 from videollama3.training.trainer import ModuleRates, RowLimits, VideoLlama3Trainer
@@ -34,6 +34,17 @@ def test_targets(targets, modules):
     assert found == modules
     # Seven linear layers in each of two layers of the language model, six in each of two of the encoder, two factors.
     assert len(trained) == 2 * 2 * (7 + (6 if "encoder" in modules else 0))
+
+
+def test_four_bits_are_for_the_layers_of_the_language_model_only():
+    """By the rule with which transformers chooses; bitsandbytes itself does not run here."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    model, _ = tiny_model()
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    converted = {name for name in linear if should_convert_module(name, NOT_QUANTIZED)}
+    assert converted == {name for name in linear if name.startswith("model.language_model.layers.")}
+    assert len(converted) == 14
 
 
 def test_adapters_and_the_projector_move_and_nothing_else(tmp_path):

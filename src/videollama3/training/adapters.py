@@ -14,6 +14,9 @@ import torch
 if TYPE_CHECKING:
     from .recipe import AdapterRecipe
 
+# The projector is trained in full, the head decides in full precision, the encoder is small. Full names, as
+# transformers compares them from the start: "projector" alone fits nothing.
+NOT_QUANTIZED = ["model.vision_model", "model.projector", "lm_head"]
 _LLM = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 _ENCODER = r"vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 
@@ -56,8 +59,7 @@ def four_bit_config() -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        # The projector is trained in full, the head decides in full precision, the encoder is small.
-        llm_int8_skip_modules=["projector", "lm_head", "vision_model"],
+        llm_int8_skip_modules=NOT_QUANTIZED,
     )
 
 
