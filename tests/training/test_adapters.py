@@ -47,6 +47,20 @@ def test_four_bits_are_for_the_layers_of_the_language_model_only():
     assert len(converted) == 14
 
 
+def test_an_encoder_that_replaces_the_models_is_in_the_merged_weights(task, tmp_path):  # noqa: F811
+    other = VideoLlama3ForCausalLM.from_pretrained(task[0])
+    with torch.no_grad():
+        for parameter in other.model.vision_model.parameters():
+            parameter.add_(1)
+    other.model.vision_model.save_pretrained(tmp_path / "encoder")
+    more = [f"model.vision_encoder={tmp_path / 'encoder'}", "adapter.rank=4", "schedule.max_steps=1"]
+    more += ["output.dtype=float32", "schedule.optimizer=adamw_torch", "data.eval=[]"]
+    run_recipe(load_recipe(RECIPES / "lora.yaml", _overrides(task, tmp_path / "out", *more)))
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for name, parameter in other.model.vision_model.named_parameters():
+        assert torch.equal(weights[f"model.vision_model.{name}"], parameter), name
+
+
 def test_adapters_and_the_projector_move_and_nothing_else(tmp_path):
     model, processor = _adapted("llm_and_encoder")
     trainer = VideoLlama3Trainer(

@@ -40,7 +40,7 @@ def test_workers_and_progress_change_nothing(dataset):
 def test_they_are_measured_once(dataset, tmp_path, monkeypatch):
     first = sample_lengths(dataset, folder=tmp_path)
     monkeypatch.setattr(Samples, "__getitem__", None)
-    assert np.array_equal(sample_lengths(dataset, folder=tmp_path), first)
+    assert np.array_equal(sample_lengths(dataset, folder=tmp_path, retry_skipped=False), first)
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
 
 
@@ -62,10 +62,26 @@ def test_rows_that_are_not_asked_for_are_not_read(dataset, tmp_path):
     assert seen == [(1, 2), (2, 2)]
     assert np.array_equal(lengths[rows], whole[rows])
     assert not lengths[[0, 2, 4]].any()
-    # Kept for these rows only: all are another file.
+    # The others are added when they are asked for.
     assert np.array_equal(sample_lengths(watched, folder=tmp_path), whole)
     assert np.array_equal(sample_lengths(watched, folder=tmp_path, rows=rows), lengths)
-    assert read == [1, 3, 0, 1, 2, 3, 4]
+    assert read == [1, 3, 0, 2, 4]
+
+
+def test_a_row_that_was_skipped_is_read_again(dataset, tmp_path):
+    """Its media may be there now; of several processes only one tries, so that all have the same lengths."""
+
+    class Repaired(Samples):
+        def __getitem__(self, index):
+            return super().__getitem__(1 if index == 2 else index)
+
+    for _ in range(2):
+        assert sample_lengths(dataset, folder=tmp_path)[2].tolist() == [0, 0, 0]
+    repaired = Repaired(tiny_model()[1], [TEXT, IMAGE, None, VIDEO, MIXED])
+    assert sample_lengths(repaired, folder=tmp_path, retry_skipped=False)[2].tolist() == [0, 0, 0]
+    lengths = sample_lengths(repaired, folder=tmp_path)
+    assert lengths[2].tolist() == lengths[1].tolist() != [0, 0, 0]
+    assert np.array_equal(sample_lengths(dataset, folder=tmp_path, retry_skipped=False), lengths)
 
 
 def test_rows_are_drawn_by_a_seed():
@@ -76,6 +92,7 @@ def test_rows_are_drawn_by_a_seed():
     assert rows.max() > 900 > 100 > rows.min()
     assert np.array_equal(rows, rows_for(1000, 100, seed=0))
     assert not np.array_equal(rows, rows_for(1000, 100, seed=1))
+    assert set(rows) < set(rows_for(1000, 120, seed=0)), "a longer run reads these and others"
 
 
 def test_another_dataset_is_measured_anew(dataset, tmp_path):

@@ -110,10 +110,18 @@ def test_order_does_not_go_by_length(lengths):
 
 
 def test_windows_keep_their_samples_together(lengths):
-    order = np.random.default_rng([4, 0, 0]).permutation(200)
+    order = np.random.default_rng([4, 0, 0]).permutation(np.flatnonzero(lengths[:, 0]))
     window_of = {int(sample): place // 50 for place, sample in enumerate(order)}
     for pack in _sampler(lengths, window=50).plan(0):
         assert len({window_of[sample] for sample in pack}) == 1
+
+
+def test_rows_that_are_not_read_leave_no_holes_in_windows():
+    """Nine of ten have no length: windows hold samples all the same, and packs are as full."""
+    lengths = np.zeros(2000, dtype=np.int64)
+    lengths[::10] = np.random.default_rng(0).integers(1, 60, 200)
+    few = _sampler(lengths, window=50)
+    assert few.num_packs == _sampler(lengths[::10], window=50).num_packs
 
 
 def test_too_few_samples_are_filled_up_without_labels():

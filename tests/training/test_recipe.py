@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from videollama3 import cli
 from videollama3.training.packing import PackedBatchSampler
 from videollama3.training.recipe import load_recipe, recipe_from_dict, training_arguments
-from videollama3.training.training_run import accumulation_steps, last_checkpoint, row_limits, run_recipe
+from videollama3.training.training_run import accumulation_steps, last_checkpoint, mean_loss, row_limits, run_recipe
 
 from .tiny_task import write_checkpoint, write_rows
 
@@ -131,6 +132,20 @@ def test_overrides_are_yaml(tmp_path):
             _minimal(data={"train": "a", "streaming": True}),
             "Expected schedule.max_steps and batch.gradient_accumulation_steps with data.streaming",
         ),
+        (_minimal(schedule={"max_steps": -1}), "Expected schedule.max_steps of at least 1, got -1."),
+        (_minimal(schedule={"epochs": 0}), "Expected schedule.epochs above 0, got 0.0."),
+        (_minimal(batch={"window": 0}), "Expected batch.window of at least 1, got 0."),
+        (
+            _minimal(model={"path": "a", "unpruned_share": 1.5}),
+            "Expected model.unpruned_share of at least 0 and at most 1, got 1.5.",
+        ),
+        (_minimal(adapter={"rank": 0}), "Expected adapter.rank of at least 1, got 0."),
+        (_minimal(rates={"projector": 1e-3}, adapter={}), "Expected rates.llm with an adapter"),
+        (_minimal(adapter={"targets": "llm_and_encoder"}), "Expected rates.encoder with adapter.targets=llm_and_enc"),
+        (
+            _minimal(rates={"llm": 1e-4, "encoder": 1e-5}, adapter={}),
+            "Expected adapter.targets=llm_and_encoder with rates.encoder=1e-05, got llm",
+        ),
     ],
 )
 def test_what_a_recipe_may_not_say(tree, message):
@@ -160,6 +175,29 @@ def test_a_file_that_is_no_recipe(tmp_path):
     path.write_text("only text")
     with pytest.raises(ValueError, match="to hold sections such as model and data, got 'only text'"):
         load_recipe(path)
+
+
+def test_a_recipe_of_the_package_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["model.path=a", "data.train=b", "output.folder=c"]
+    assert load_recipe("stage4", overrides) == load_recipe(RECIPES / "stage4.yaml", overrides)
+    message = "Expected a recipe as a YAML file or as one of lora, qlora, stage1, stage2, stage3, stage4, got 'stage5'"
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        load_recipe("stage5")
+
+
+def test_the_recipe_decides_the_precision_under_a_launcher(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for precision, expected in (("fp32", "no"), ("bf16", "bf16")):
+        recipe = recipe_from_dict(_minimal(output={"folder": str(tmp_path)}, schedule={"precision": precision}))
+        arguments = training_arguments(recipe, gradient_accumulation_steps=1, tensorboard=False, use_cpu=True)
+        assert arguments.mixed_precision == expected
+
+
+def test_the_mean_loss_counts_updates():
+    assert mean_loss([]) is None
+    # One update of 4, then nine of 2 on average.
+    assert mean_loss([(1, 4.0), (10, 2.0)]) == pytest.approx(2.2)
 
 
 def test_arguments_of_the_trainer(tmp_path):
@@ -257,6 +295,73 @@ def test_rows_that_max_steps_does_not_come_to_are_not_read(task, tmp_path, max_l
     record = run_recipe(load_recipe(RECIPES / "stage4.yaml", _overrides(task, tmp_path, *more)))
     assert record["num_updates"] == 2
     assert (record["num_train_samples"], record["num_skipped_samples"]) == (num_rows, 0)
+    assert record["num_unread_samples"] == 10 - num_rows
+    assert record["num_epochs"] <= (1 if num_rows < 10 else 2)
+    # Measured for one process, a run of more finds what it needs beyond that, and reads no row twice.
+    (path,) = (tmp_path / "length_index").iterdir()
+    assert (np.load(path)[:, 0] > 0).sum() == num_rows
+    assert _losses(tmp_path)[-1] == record["final_train_loss"]
+
+
+def test_a_sample_beyond_a_limit_is_named(task, tmp_path):
+    more = ("batch.gradient_accumulation_steps=null", "batch.max_patches=5", "data.eval=[]")
+    with pytest.raises(ValueError, match=r"max_patches=5, got \d+ patches in sample rows.jsonl row \d"):
+        run_recipe(load_recipe(RECIPES / "stage4.yaml", _overrides(task, tmp_path, *more)))
+
+
+def test_rows_that_are_skipped_are_told_and_tried_again(task, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    text = Path(task[1]).read_text()
+    rows.write_text(text + json.dumps({**json.loads(text.splitlines()[0]), "image": ["late.png"]}) + "\n")
+    more = [f"data.train={rows}", f"data.media_root={Path(task[1]).parent}", "data.eval=[]", "schedule.max_steps=1"]
+    arguments = ["train", str(RECIPES / "stage4.yaml"), *_overrides(task, tmp_path / "out", *more)]
+    assert cli.main([*arguments, "data.on_error=skip"]) == 0
+    assert "left out 1 samples that could not be used (`videollama3 data check` says why)" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "training_record.json").read_text())
+    assert (record["num_train_samples"], record["num_skipped_samples"]) == (10, 1)
+    # What was skipped is no known length: a run that may not skip says so.
+    assert cli.main([*arguments, "data.on_error=raise"]) == 1
+    assert "rows.jsonl row 10" in capsys.readouterr().err
+
+
+def test_a_bad_row_of_the_held_out_set_is_found_before_training(task, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(
+        json.dumps(
+            {
+                "image": ["none.png"],
+                "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Nothing."}],
+            }
+        )
+        + "\n"
+    )
+    recipe = load_recipe(RECIPES / "stage4.yaml", _overrides(task, tmp_path / "out", f"data.eval={held_out}"))
+    for measure_only in (True, False):
+        with pytest.raises(ValueError, match=r"held_out.jsonl row 0"):
+            run_recipe(recipe, measure_only=measure_only)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_run_that_resumes_with_other_samples_warns(task, tmp_path, caplog):
+    more = ["output.save_every=1", "data.eval=[]", "data.max_length=170"]
+    recipe = RECIPES / "stage2.yaml"
+    run_recipe(load_recipe(recipe, _overrides(task, tmp_path, *more, "schedule.max_steps=2")))
+    run_recipe(load_recipe(recipe, _overrides(task, tmp_path, *more, "schedule.max_steps=3")), resume=True)
+    assert "reads other samples" not in caplog.text
+    run_recipe(
+        load_recipe(recipe, _overrides(task, tmp_path, *more, "schedule.max_steps=4", "batch.window=2")), resume=True
+    )
+    assert "This run reads other samples, or in another order, than the one that wrote" in caplog.text
+
+
+def test_the_last_update_is_logged(task, tmp_path):
+    more = ("schedule.max_steps=3", "output.log_every=10", "data.eval=[]", "data.max_length=170")
+    record = run_recipe(load_recipe(RECIPES / "stage2.yaml", _overrides(task, tmp_path, *more)))
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    logged = [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
+    assert [step for step, _ in logged] == [1, 3]
+    assert record["final_train_loss"] == logged[-1][1]
+    assert record["mean_train_loss"] == pytest.approx((logged[0][1] + 2 * logged[1][1]) / 3)
 
 
 def test_a_streamed_run(task, tmp_path):
@@ -265,6 +370,20 @@ def test_a_streamed_run(task, tmp_path):
     assert record["num_updates"] == 3
     assert record["num_train_samples"] is None
     assert record["eval"] == {}
+
+
+def test_a_stream_of_one_shard_is_read_by_one_worker(task, tmp_path, caplog, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [json.loads(line) for line in Path(task[1]).read_text().splitlines()]
+    (tmp_path / "rows").mkdir()
+    texts = [{"conversations": row["conversations"]} for row in rows if "image" not in row and "video" not in row]
+    datasets.Dataset.from_list(texts).to_parquet(str(tmp_path / "rows" / "train.parquet"))
+    more = ["data.streaming=true", "schedule.max_steps=2", "batch.buffer_size=2", "data.eval=[]", "data.workers=2"]
+    more.append(f"data.train={tmp_path / 'rows'}")
+    record = run_recipe(load_recipe(RECIPES / "stage2.yaml", _overrides(task, tmp_path / "out", *more)))
+    assert record["num_updates"] == 2
+    assert "1 of 2 workers read" in caplog.text
 
 
 def test_tensorboard_is_written_where_it_is_installed(task, tmp_path):

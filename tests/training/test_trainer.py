@@ -154,6 +154,15 @@ def test_rates_that_train_nothing():
         )
 
 
+def test_several_gpus_in_one_process_simulated_by_their_number(tmp_path):
+    """Trainer would divide patches and grids of one row among them."""
+    model, processor = tiny_model()
+    several = arguments(tmp_path)
+    several._n_gpu = 2
+    with pytest.raises(ValueError, match=re.escape("Expected one GPU for each process, got one that sees 2")):
+        VideoLlama3Trainer(model, several, processor=processor, rates=ModuleRates(llm=1.0), limits=RowLimits())
+
+
 def test_a_row_is_a_batch(tmp_path):
     with pytest.raises(
         ValueError, match=re.escape("Expected per_device_train_batch_size=1 (a packed row is a batch)")

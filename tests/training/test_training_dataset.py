@@ -211,6 +211,23 @@ def test_loaded_and_streamed_datasets(tiny, tmp_path, clip, monkeypatch):
         assert [answer(sample, tiny) for sample in part] == [str(rank + 1)]
 
 
+def test_several_sources_are_streamed_one_after_the_other(tiny, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, texts in (("a", "12"), ("b", "34")):
+        (tmp_path / name).mkdir()
+        table = datasets.Dataset.from_list([{"conversations": qa(text)["conversations"]} for text in texts])
+        table.to_parquet(str(tmp_path / name / "train.parquet"))
+    path = write_lines(tmp_path / "c.jsonl", [qa("5")])
+    # A table that is loaded whole would be read from a cache.
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", None)
+    streamed = StreamingTrainingDataset([tmp_path / "a", path, tmp_path / "b"], tiny)
+    assert [answer(sample, tiny) for sample in streamed] == ["1", "2", "5", "3", "4"]
+    # A file of parquet is one shard, and a second worker would get nothing of it.
+    assert streamed.max_workers() == 1
+    assert StreamingTrainingDataset(path, tiny).max_workers() is None
+
+
 def test_picture_columns_are_not_decoded_by_datasets(tiny, tmp_path):
     datasets = pytest.importorskip("datasets")
     from PIL import Image

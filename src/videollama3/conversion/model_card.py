@@ -231,6 +231,7 @@ def _training_text(training: TrainingFacts) -> str:
         ("data", ", ".join(training.data) or None),
         ("training samples", training.num_train_samples),
         ("samples left out", training.num_skipped_samples),
+        ("samples not come to", training.num_unread_samples or None),
         ("optimizer steps", training.num_updates),
         ("epochs", training.num_epochs),
         ("processes", training.num_processes),

@@ -10,7 +10,9 @@ A folder enters, a record of known facts leaves; what no file says stays unknown
     data                 list    names of the data sets, Hub ids where they have one
     num_train_samples    int
     num_skipped_samples  int     left out because they could not be read or did not fit
+    num_unread_samples   int     not come to, as the run was to end before
     num_updates          int     optimizer steps
+    num_epochs           float   passes over the data
     num_processes        int
     mean_train_loss      float   over the run
     final_train_loss     float   the last one logged
@@ -39,7 +41,9 @@ _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "data": (list,),
     "num_train_samples": (int,),
     "num_skipped_samples": (int,),
+    "num_unread_samples": (int,),
     "num_updates": (int,),
+    "num_epochs": (int, float),
     "num_processes": (int,),
     "mean_train_loss": (int, float),
     "final_train_loss": (int, float),
@@ -59,6 +63,7 @@ class TrainingFacts:
         data: names of data sets.
         num_train_samples: samples of the training data.
         num_skipped_samples: those left out.
+        num_unread_samples: those that the run ended before.
         num_updates: optimizer steps.
         num_processes: that trained together.
         num_epochs: passes over the data.
@@ -75,6 +80,7 @@ class TrainingFacts:
     data: tuple[str, ...] = ()
     num_train_samples: int | None = None
     num_skipped_samples: int | None = None
+    num_unread_samples: int | None = None
     num_updates: int | None = None
     num_processes: int | None = None
     num_epochs: float | None = None

@@ -63,11 +63,11 @@ def four_bit_config() -> Any:
     )
 
 
-def merge_adapter(base: str | os.PathLike[str], adapter: str | os.PathLike[str], *, dtype: torch.dtype) -> Any:
+def merge_adapter(base: Any, adapter: str | os.PathLike[str], *, dtype: torch.dtype) -> Any:
     """Adds a trained adapter to the weights that it was trained on.
 
     Args:
-        base: checkpoint of those weights.
+        base: a `VideoLlama3ForCausalLM` with those weights in float32; it is changed.
         adapter: folder of the adapter.
         dtype: of the merged weights; the sum is computed in float32.
 
@@ -76,7 +76,4 @@ def merge_adapter(base: str | os.PathLike[str], adapter: str | os.PathLike[str],
     """
     from peft import PeftModel
 
-    from ..modeling.modeling_videollama3 import VideoLlama3ForCausalLM
-
-    model = VideoLlama3ForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload().to(dtype)
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload().to(dtype)

@@ -43,6 +43,12 @@ def add_parser(commands: Any) -> None:
         )
         action.add_argument("--max-length", type=positive_int, default=16384, metavar="N", help="tokens of a sample")
         action.add_argument(
+            "--overflow",
+            choices=("raise", "truncate", "skip"),
+            default="raise",
+            help="of longer samples (default raise)",
+        )
+        action.add_argument(
             "--max-visual-tokens", type=positive_int, default=10240, metavar="N", help="before pruning"
         )
         action.add_argument("--max-frames", type=positive_int, default=180, metavar="N", help="of a video")
@@ -125,6 +131,7 @@ def _dataset(options: argparse.Namespace, processor: Any, *, on_error: Any) -> A
         media_root=options.media_root,
         on_error=on_error,
         max_length=options.max_length,
+        overflow=options.overflow,
         max_visual_tokens=options.max_visual_tokens,
         max_frames=options.max_frames,
         fps=options.fps,

@@ -21,6 +21,10 @@ from .packing import Lengths
 
 Progress = Callable[[int, int], None]
 Numbers = npt.NDArray[np.int64]
+# In the file, in place of the tokens of a row that was read and skipped; 0 is a row that nobody has read yet.
+_SKIPPED = -1
+# Tells the choice of rows from what else is drawn by the same seed.
+_CHOICE_OF_ROWS = (0, 0, 1)
 
 
 def measure_sample(sample: dict[str, torch.Tensor] | None) -> tuple[int, int, int]:
@@ -41,6 +45,7 @@ def sample_lengths(
     *,
     folder: str | os.PathLike[str] | None,
     rows: Numbers | None = None,
+    retry_skipped: bool = True,
     num_workers: int = 0,
     progress: Progress | None = None,
 ) -> Lengths:
@@ -51,53 +56,68 @@ def sample_lengths(
         folder: where files of lengths are kept; None measures without keeping.
         rows: int64, ascending: numbers of the rows that are read; the others get zeros, and so are in no pack. None
             reads all.
+        retry_skipped: whether rows that an earlier run had to skip are read again, as their media may be there now.
+            Of several processes one does so first, so that all have the same lengths.
         num_workers: processes that read samples; 0 reads here.
         progress: called with samples measured and their number.
 
     Returns:
-        int64 (samples, 3): tokens, patches, visual tokens before pruning.
+        int64 (samples, 3): tokens, patches, visual tokens before pruning; zeros for rows that are skipped.
     """
-    if folder is None:
-        return measure_lengths(dataset, rows=rows, num_workers=num_workers, progress=progress)
-    state = hashlib.sha256(str(dataset.fingerprint()).encode())
-    if rows is not None:
-        state.update(rows.tobytes())
-    path = Path(folder) / f"lengths-{state.hexdigest()[:16]}.npy"
-    if path.is_file():
-        lengths: Lengths = np.load(path, allow_pickle=False)
-        if lengths.shape != (len(dataset), 3) or lengths.dtype != np.int64:
-            raise ValueError(
-                f"Expected {path} to hold int64 lengths of {len(dataset)} samples, got {lengths.dtype} of shape "
-                f"{lengths.shape}: delete it, and it is measured again."
-            )
-        return lengths
-    lengths = measure_lengths(dataset, rows=rows, num_workers=num_workers, progress=progress)
+    known = np.zeros((len(dataset), 3), dtype=np.int64)
+    path = None
+    if folder is not None:
+        digest = hashlib.sha256(str(dataset.fingerprint()).encode()).hexdigest()[:16]
+        path = Path(folder) / f"lengths-{digest}.npy"
+        if path.is_file():
+            known = _load(path, len(dataset))
+    wanted = np.arange(len(dataset)) if rows is None else rows
+    tokens = known[wanted, 0]
+    missing = wanted[(tokens == 0) | (retry_skipped & (tokens == _SKIPPED))]
+    if len(missing):
+        known[missing] = _measure(dataset, missing, num_workers=num_workers, progress=progress)
+        if path is not None:
+            _store(path, known)
+    lengths: Lengths = np.zeros_like(known)
+    lengths[wanted] = known[wanted].clip(min=0)
+    return lengths
+
+
+def _load(path: Path, num_rows: int) -> Lengths:
+    lengths: Lengths = np.load(path, allow_pickle=False)
+    if lengths.shape != (num_rows, 3) or lengths.dtype != np.int64:
+        raise ValueError(
+            f"Expected {path} to hold int64 lengths of {num_rows} samples, got {lengths.dtype} of shape "
+            f"{lengths.shape}: delete it, and it is measured again."
+        )
+    return lengths
+
+
+def _store(path: Path, lengths: Lengths) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Complete or not there: a killed run leaves no half file under the final name.
     unfinished = path.with_suffix(f".{os.getpid()}.npy")
     np.save(unfinished, lengths, allow_pickle=False)
     os.replace(unfinished, path)
-    return lengths
 
 
-def measure_lengths(
-    dataset: Any, *, rows: Numbers | None = None, num_workers: int = 0, progress: Progress | None = None
-) -> Lengths:
-    """Reads samples once and measures them; arguments and result as for `sample_lengths`."""
-    numbers = np.arange(len(dataset)) if rows is None else rows
+def _measure(dataset: Any, numbers: Numbers, *, num_workers: int, progress: Progress | None) -> Lengths:
+    """Reads samples once and measures them: int64 (numbers, 3)."""
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
         _Measured(dataset, numbers), batch_size=None, num_workers=num_workers
     )
-    lengths: Lengths = np.zeros((len(dataset), 3), dtype=np.int64)
-    for done, (number, length) in enumerate(zip(numbers, loader, strict=True), start=1):
-        lengths[number] = length
+    lengths: Lengths = np.zeros((len(numbers), 3), dtype=np.int64)
+    for i, length in enumerate(loader):
+        lengths[i] = length if length[0] else (_SKIPPED, 0, 0)
         if progress is not None:
-            progress(done, len(numbers))
+            progress(i + 1, len(numbers))
     return lengths
 
 
 def rows_for(num_rows: int, wanted: int, *, seed: int) -> Numbers | None:
     """Rows of a dataset that a run of `wanted` samples reads, drawn by a seed; None where it needs them all.
+
+    Those of a shorter run are among those of a longer one.
 
     Args:
         num_rows: of the dataset.
@@ -109,7 +129,7 @@ def rows_for(num_rows: int, wanted: int, *, seed: int) -> Numbers | None:
     """
     if wanted >= num_rows:
         return None
-    return np.sort(np.random.default_rng(seed).permutation(num_rows)[:wanted])
+    return np.sort(np.random.default_rng([seed, *_CHOICE_OF_ROWS]).permutation(num_rows)[:wanted])
 
 
 class _Measured(torch.utils.data.Dataset[tuple[int, int, int]]):

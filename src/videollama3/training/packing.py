@@ -222,7 +222,9 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[int]]):
         return self._planned[1]
 
     def _pack(self, epoch: int) -> list[list[int]]:
-        order = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.lengths))
+        # Rows that were skipped or not read would leave windows with few samples.
+        present = np.flatnonzero(self.lengths[:, TOKENS])
+        order = np.random.default_rng([self.seed, epoch, 0]).permutation(present)
         packs: list[list[int]] = []
         for start in range(0, len(order), self.window):
             samples = order[start : start + self.window]

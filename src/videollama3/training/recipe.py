@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml  # type: ignore[import-untyped]
@@ -64,6 +65,8 @@ class DataRecipe:
         max_frames: at most so many frames of a video.
         max_visual_tokens: visual tokens of one sample, before pruning.
         max_length: tokens of one sample and of one packed row, after pruning.
+        overflow: of a longer sample: raise counts it as a bad row, truncate cuts it on the right, never inside a
+            picture, skip leaves it out.
         add_system_prompt: put the released models' system prompt first.
         workers: processes that read samples, per training process.
     """
@@ -77,6 +80,7 @@ class DataRecipe:
     max_frames: int = 180
     max_visual_tokens: int = 10240
     max_length: int = 16384
+    overflow: Literal["raise", "truncate", "skip"] = "raise"
     add_system_prompt: bool = False
     workers: int = 4
 
@@ -86,9 +90,9 @@ class RatesRecipe:
     """Peak learning rate of each module; null or 0 freezes it.
 
     Attributes:
-        encoder: of the vision encoder.
-        projector: of the two layers between encoder and language model.
-        llm: of the language model; with an adapter, of the adapter.
+        encoder: of the vision encoder; null freezes it.
+        projector: of the two layers between encoder and language model; null freezes it.
+        llm: of the language model, with an adapter of the adapter; null freezes it.
     """
 
     encoder: float | None = None
@@ -177,7 +181,8 @@ class AdapterRecipe:
         rank: of the two factors.
         alpha: their product is scaled by alpha / rank.
         dropout: on what enters an adapter.
-        targets: llm, or llm_and_encoder. The projector is trained in full when it has a learning rate.
+        targets: llm, or llm_and_encoder, which needs rates.encoder too. The projector is trained in full when it has
+            a learning rate.
         four_bit: QLoRA: the frozen weights in 4 bits (needs bitsandbytes and a CUDA device).
     """
 
@@ -211,17 +216,38 @@ class Recipe:
     adapter: AdapterRecipe | None = None
 
 
+def find_recipe(name: str | os.PathLike[str]) -> str:
+    """The file of a recipe: a path as it is, or one of those that come with this package by its name, as `stage4`.
+
+    Raises:
+        FileNotFoundError: where there is neither, with the names that there are.
+    """
+    path = Path(name)
+    if path.is_file():
+        return os.fspath(name)
+    # In the wheel beside the code; in a clone at its root.
+    package = Path(__file__).parents[1]
+    folder = next((place for place in (package / "recipes", package.parents[1] / "recipes") if place.is_dir()), None)
+    there = {} if folder is None else {file.stem: os.fspath(file) for file in sorted(folder.glob("*.yaml"))}
+    if os.fspath(name) in there:
+        return there[os.fspath(name)]
+    raise FileNotFoundError(
+        f"Expected a recipe as a YAML file or as one of {', '.join(there)}, got {os.fspath(name)!r}, which is neither."
+    )
+
+
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe.
 
     Args:
-        path: of a YAML file.
+        path: of a YAML file, or the name of a recipe of this package, see `find_recipe`.
         overrides: `section.key=value`, the value in YAML: `rates.llm=1e-5`, `data.train=[a.jsonl, b.jsonl]`.
 
     Raises:
         ValueError: for keys that do not exist (with the nearest ones that do), missing ones, and values of
             another type.
     """
+    path = find_recipe(path)
     with open(path, encoding="utf-8") as file:
         try:
             tree = yaml.safe_load(file)
@@ -244,7 +270,59 @@ def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
             "Expected schedule.max_steps and batch.gradient_accumulation_steps with data.streaming (a stream has no "
             f"length), got {recipe.schedule.max_steps} and {recipe.batch.gradient_accumulation_steps}."
         )
+    _check_ranges(recipe)
+    _check_adapter(recipe)
     return recipe
+
+
+# Smallest values that make sense, by section; larger than 0 is said by a number that is nearly that.
+_AT_LEAST: dict[str, dict[str, float]] = {
+    "model": {"image_merge_size": 1, "video_merge_size": 1, "unpruned_share": 0},
+    "data": {"fps": 1e-9, "max_frames": 1, "max_visual_tokens": 1, "max_length": 1, "workers": 0},
+    "rates": {"encoder": 0, "projector": 0, "llm": 0},
+    "batch": {
+        "samples_per_update": 1,
+        "gradient_accumulation_steps": 1,
+        "max_patches": 1,
+        "max_visual_tokens": 1,
+        "window": 1,
+        "buffer_size": 1,
+    },
+    "schedule": {"epochs": 1e-9, "max_steps": 1, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0},
+    "output": {"log_every": 1, "save_every": 1, "keep": 1, "eval_every": 1},
+    "adapter": {"rank": 1, "alpha": 1, "dropout": 0},
+}
+_AT_MOST = {("model", "unpruned_share"): 1, ("adapter", "dropout"): 1}
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    for section, keys in _AT_LEAST.items():
+        for key, least in keys.items():
+            value = getattr(getattr(recipe, section), key, None)
+            most = _AT_MOST.get((section, key))
+            if value is None or (value >= least and (most is None or value <= most)):
+                continue
+            expected = f"of at least {least}" if least in (0, 1) else "above 0"
+            expected += "" if most is None else f" and at most {most}"
+            raise ValueError(f"Expected {section}.{key} {expected}, got {value}.")
+
+
+def _check_adapter(recipe: Recipe) -> None:
+    """Modules that have an adapter need a rate, and of those without one the encoder has nothing to train."""
+    if recipe.adapter is None:
+        return
+    if not recipe.rates.llm:
+        raise ValueError("Expected rates.llm with an adapter, which the language model gets, got none.")
+    if recipe.adapter.targets == "llm_and_encoder" and not recipe.rates.encoder:
+        raise ValueError(
+            "Expected rates.encoder with adapter.targets=llm_and_encoder, got none: the encoder's adapter would stay "
+            "as it began."
+        )
+    if recipe.adapter.targets == "llm" and recipe.rates.encoder:
+        raise ValueError(
+            f"Expected adapter.targets=llm_and_encoder with rates.encoder={recipe.rates.encoder:g}, got llm: the "
+            "encoder has no adapter then, and nothing of it would be trained."
+        )
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -371,4 +449,8 @@ def training_arguments(recipe: Recipe, *, gradient_accumulation_steps: int, tens
         # The collator lets every module run in every step.
         "ddp_find_unused_parameters": False,
     }
-    return TrainingArguments(**{**options, **changes})
+    arguments = TrainingArguments(**{**options, **changes})
+    if schedule.precision == "fp32":
+        # Else `accelerate launch` decides by its own configuration.
+        arguments.mixed_precision = "no"
+    return arguments

@@ -197,17 +197,39 @@ def stream_rows(source: Any, *, split: str = "train", rank: int, world_size: int
         rank: of this process.
         world_size: number of processes.
     """
-    if isinstance(source, (str, os.PathLike)) and not os.fspath(source).endswith(_JSON_SUFFIXES):
-        source = _load_dataset(os.fspath(source), split, streaming=True)
-    if _has_numbers(source) or isinstance(source, (str, os.PathLike)):
-        rows = open_rows(source, split=split)
-        for i in _own_numbers(len(rows), rank, world_size):
-            part, number = rows.locate(i)
-            yield StreamedRow(rows.name(i), functools.partial(part.__getitem__, number), part.media_root)
-        return
-    label = getattr(getattr(source, "info", None), "dataset_name", None) or "stream"
-    for i, row in enumerate(_split_by_process(source, rank, world_size)):
-        yield StreamedRow(f"{label} row {i} of process {rank}", functools.partial(dict, row), None)
+    for part in _streams(source, split):
+        if not isinstance(part, Rows):
+            label = getattr(getattr(part, "info", None), "dataset_name", None) or "stream"
+            for i, row in enumerate(_split_by_process(part, rank, world_size)):
+                yield StreamedRow(f"{label} row {i} of process {rank}", functools.partial(dict, row), None)
+            continue
+        for i in _own_numbers(len(part), rank, world_size):
+            file, number = part.locate(i)
+            yield StreamedRow(part.name(i), functools.partial(file.__getitem__, number), file.media_root)
+
+
+def num_parts(source: Any, *, split: str = "train", rank: int, world_size: int) -> int | None:
+    """Into how many parts what one process reads can be divided among its workers; None: any number.
+
+    `datasets` gives workers whole shards, and a worker without one nothing.
+    """
+    streams = [part for part in _streams(source, split) if not isinstance(part, Rows)]
+    shards = [getattr(_split_by_process(part, rank, world_size), "num_shards", None) for part in streams]
+    return min((count for count in shards if count is not None), default=None)
+
+
+def _streams(source: Any, split: str) -> Iterator[Any]:
+    """One after the other: `Rows` of JSON files and loaded tables, and iterables of `datasets`."""
+    items = (
+        source if isinstance(source, (list, tuple)) and source and isinstance(source[0], (str, os.PathLike)) else None
+    )
+    for item in [source] if items is None else items:
+        if isinstance(item, (str, os.PathLike)) and not os.fspath(item).endswith(_JSON_SUFFIXES):
+            yield _load_dataset(os.fspath(item), split, streaming=True)
+        elif isinstance(item, (str, os.PathLike)) or _has_numbers(item):
+            yield open_rows(item, split=split)
+        else:
+            yield item
 
 
 def _own_numbers(count: int, rank: int, world_size: int) -> Iterable[int]:

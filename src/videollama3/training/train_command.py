@@ -18,7 +18,9 @@ def add_parser(commands: Any) -> None:
         help="train as a recipe says",
         description="Trains as a recipe says; see recipes/ and docs/finetuning.md.",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file, or one that comes with the package: stage4, lora, ..."
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings instead of the recipe's, as rates.llm=1e-5"
     )
@@ -31,7 +33,7 @@ def add_parser(commands: Any) -> None:
         help="go on from a checkpoint folder, by default the last one in the output folder",
     )
     parser.add_argument(
-        "--measure-only", action="store_true", help="measure the lengths of all samples, keep them, and stop"
+        "--measure-only", action="store_true", help="measure the samples that will be trained on, keep that, and stop"
     )
     parser.set_defaults(run=run)
 
@@ -54,4 +56,9 @@ def run(options: argparse.Namespace) -> None:
         return
     held_out = f", loss on held-out data {record['eval']['eval_loss']:.4f}" if record["eval"] else ""
     print(f"trained {record['num_updates']} updates, last loss {record['final_train_loss']:.4f}{held_out}")
+    if record["num_skipped_samples"]:
+        print(
+            f"left out {record['num_skipped_samples']} samples that could not be used "
+            "(`videollama3 data check` says why)"
+        )
     print(f"wrote {recipe.output.folder}")

@@ -10,6 +10,8 @@ their number: what one big batch would give, however rows and processes share it
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import logging
 import math
 from typing import Any
 
@@ -23,6 +25,8 @@ from .collator import IGNORE_INDEX, PackingCollator
 from .length_index import Progress, measure_sample, sample_lengths
 from .muon import MuonWithAdamW, is_muon_parameter
 from .packing import WINDOW, Lengths, OnlinePacking, PackedBatchSampler, PackedSamples, sample_name
+
+logger = logging.getLogger(__name__)
 
 # Part of a parameter's name -> module; all others belong to the language model. Adapters keep these names.
 _MODULES = {"vision_model.": "encoder", "projector.": "projector"}
@@ -102,6 +106,7 @@ class VideoLlama3Trainer(Trainer):
         buffer_size: int = 64,
         length_folder: str | None = None,
         train_lengths: Lengths | None = None,
+        eval_lengths: Lengths | None = None,
         progress: Progress | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -120,24 +125,32 @@ class VideoLlama3Trainer(Trainer):
             buffer_size: see `OnlinePacking`; for a stream.
             length_folder: where measured lengths are kept; None measures anew.
             train_lengths: int64 (samples, 3) of the training set, when they are known already.
+            eval_lengths: likewise of the held-out set.
             progress: called while lengths are measured.
             callbacks: further ones.
 
         Raises:
-            ValueError: for a batch size other than 1, or rates that train nothing.
+            ValueError: for a batch size other than 1, for several GPUs in one process, or rates that train nothing.
         """
         if args.per_device_train_batch_size != 1:
             raise ValueError(
                 f"Expected per_device_train_batch_size=1 (a packed row is a batch), got "
                 f"{args.per_device_train_batch_size}: raise gradient_accumulation_steps or max_length instead."
             )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"Expected one GPU for each process, got one that sees {args.n_gpu}, among which Trainer would "
+                "divide the patches of a row: start it with `accelerate launch --multi_gpu`, or let it see one "
+                "(CUDA_VISIBLE_DEVICES=0)."
+            )
         freeze(model, rates)
         self.rates, self.limits, self.window, self.buffer_size = rates, limits, window, buffer_size
         self.use_muon = use_muon
         self.length_folder, self.progress = length_folder, progress
         self._lengths: dict[int, Lengths] = {}
-        if train_lengths is not None:
-            self._lengths[id(train_dataset)] = train_lengths
+        for dataset, lengths in ((train_dataset, train_lengths), (eval_dataset, eval_lengths)):
+            if lengths is not None:
+                self._lengths[id(dataset)] = lengths
         self.train_sampler: PackedBatchSampler | None = None
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
@@ -148,7 +161,7 @@ class VideoLlama3Trainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processor,
-            callbacks=[*(callbacks or []), _Epochs(self)],
+            callbacks=[*(callbacks or []), _Epochs(self), _LastLoss()],
         )
         attention = str(model.config.text_config._attn_implementation)
         self.data_collator = PackingCollator.for_processor(
@@ -185,7 +198,8 @@ class VideoLlama3Trainer(Trainer):
                 buffer_size=self.buffer_size,
                 measure=measure_sample,
             )
-            return self._loader(stream, batch_size=None)
+            max_workers = getattr(self.train_dataset, "max_workers", lambda: None)()
+            return self._loader(stream, batch_size=None, max_workers=max_workers)
         self.train_sampler = self._plan(self.train_dataset)
         samples = PackedSamples(self.train_dataset, self._lengths_of(self.train_dataset))
         return self._loader(samples, batch_sampler=self.train_sampler)
@@ -198,8 +212,19 @@ class VideoLlama3Trainer(Trainer):
         sampler = self._sampler(dataset, num_epochs=1, packs_per_update=self.args.world_size, seed=0)
         return self._loader(PackedSamples(dataset, self._lengths_of(dataset)), batch_sampler=sampler)
 
-    def _loader(self, dataset: Any, **options: Any) -> torch.utils.data.DataLoader[Any]:
+    def plan_digest(self) -> str:
+        """Changes when a run would read other samples, or in another order."""
+        sampler = self._plan(self.train_dataset)
+        state = [sampler.limits, sampler.seed, sampler.window, sampler.packs_per_update, sampler.num_packs]
+        return hashlib.sha256(repr(state).encode() + sampler.lengths.tobytes()).hexdigest()
+
+    def _loader(
+        self, dataset: Any, *, max_workers: int | None = None, **options: Any
+    ) -> torch.utils.data.DataLoader[Any]:
         workers = self.args.dataloader_num_workers
+        if max_workers is not None and max_workers < workers:
+            logger.warning("%d of %d workers read: the stream is in no more parts for a process", max_workers, workers)
+            workers = max_workers
         return torch.utils.data.DataLoader(
             dataset,
             collate_fn=self.data_collator,
@@ -242,6 +267,7 @@ class VideoLlama3Trainer(Trainer):
                 self._lengths[id(dataset)] = sample_lengths(
                     dataset,
                     folder=self.length_folder,
+                    retry_skipped=self.args.process_index == 0,
                     num_workers=self.args.dataloader_num_workers,
                     progress=self.progress,
                 )
@@ -370,3 +396,11 @@ class _Epochs(TrainerCallback):
         sampler = self.trainer.train_sampler
         if sampler is not None:
             sampler.set_epoch(state.global_step // (sampler.num_packs // sampler.packs_per_update))
+
+
+class _LastLoss(TrainerCallback):
+    """Logs the last update's loss too, whatever `logging_steps` says."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True

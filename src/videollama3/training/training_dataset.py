@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from .dataset_rows import TrainingRow, missing_files, read_row
-from .row_sources import StreamedRow, open_rows, stream_rows
+from .row_sources import StreamedRow, num_parts, open_rows, stream_rows
 from .supervised_samples import Overflow, SampleOptions, SampleTooLongError, build_sample
 
 logger = logging.getLogger(__name__)
@@ -269,6 +269,10 @@ class StreamingTrainingDataset(torch.utils.data.IterableDataset[Any]):
     def skipped(self) -> list[BadRow]:
         """Rows that this process has skipped."""
         return self.reader.skipped
+
+    def max_workers(self) -> int | None:
+        """Workers of this process that get rows of their own: as many as there are shards; None: any number."""
+        return num_parts(self.source, split=self.split, rank=self.rank, world_size=self.world_size)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """The samples of this process, skipped rows left out; tensors as in `TrainingDataset`."""

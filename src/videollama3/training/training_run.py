@@ -10,9 +10,11 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import logging
 import math
 import os
 import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,10 @@ from .trainer import ModuleRates, RowLimits, VideoLlama3Trainer
 RECORD_NAME = "training_record.json"
 # Rows that are read beyond what `max_steps` asks for, as a share of that: updates do not have equally many samples.
 _SPARE_ROWS = 0.2
+# In the output folder: a digest of the samples of all updates in their order.
+_PLAN_NAME = "sample_order.sha256"
+
+logger = logging.getLogger(__name__)
 
 
 def run_recipe(
@@ -60,9 +66,13 @@ def run_recipe(
     # Made before anything else: it tells how many processes there are.
     arguments = training_arguments(recipe, gradient_accumulation_steps=1, tensorboard=_installed("tensorboard"))
     lengths, rows = (None, None) if recipe.data.streaming else _lengths(recipe, train, arguments, progress)
+    # Before training, too: a bad row of the held-out set is found before hours of work.
+    held_out_lengths = None if held_out is None else _measure(recipe, held_out, arguments, progress, None)
     if measure_only:
         return {"num_train_samples": 0 if lengths is None else int((lengths[:, TOKENS] > 0).sum())}
-    arguments.gradient_accumulation_steps = accumulation_steps(recipe, lengths, world_size=arguments.world_size)
+    arguments.gradient_accumulation_steps = accumulation_steps(
+        recipe, lengths, world_size=arguments.world_size, name=getattr(train, "name", str)
+    )
     trainer = VideoLlama3Trainer(
         build_model(recipe),
         arguments,
@@ -76,15 +86,16 @@ def run_recipe(
         buffer_size=recipe.batch.buffer_size,
         length_folder=_length_folder(recipe),
         train_lengths=lengths,
+        eval_lengths=held_out_lengths,
         progress=progress,
     )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    evaluation = trainer.evaluate() if held_out is not None else {}
+    if lengths is not None:
+        _compare_plan(trainer, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     _save_final(recipe, trainer)
+    evaluation = trainer.evaluate() if held_out is not None else {}
     trainer.save_state()
-    if lengths is not None and rows is not None:
-        lengths = lengths[rows]
-    record = _record(recipe, trainer, lengths, result.training_loss, evaluation)
+    record = _record(recipe, trainer, lengths, rows, evaluation)
     if arguments.should_save:
         _write_record(recipe, record)
     trainer.accelerator.wait_for_everyone()
@@ -113,12 +124,18 @@ def build_model(recipe: Recipe) -> Any:
     if recipe.adapter is not None and recipe.adapter.four_bit:
         _require("bitsandbytes")
         options.update(quantization_config=four_bit_config(), dtype=torch.bfloat16)
+    model = _load_model(recipe, **options)
+    if recipe.adapter is not None:
+        model = add_adapter(model, recipe.adapter, train_projector=bool(recipe.rates.projector))
+    return model
+
+
+def _load_model(recipe: Recipe, **options: Any) -> Any:
+    """The checkpoint, with another encoder where the recipe names one."""
     model = VideoLlama3ForCausalLM.from_pretrained(recipe.model.path, **options)
     if recipe.model.vision_encoder is not None:
         encoder = VideoLlama3VisionModel.from_pretrained(recipe.model.vision_encoder, dtype=model.dtype)
         model.model.vision_model.load_state_dict(encoder.state_dict())
-    if recipe.adapter is not None:
-        model = add_adapter(model, recipe.adapter, train_projector=bool(recipe.rates.projector))
     return model
 
 
@@ -131,19 +148,20 @@ def row_limits(recipe: Recipe) -> RowLimits:
     )
 
 
-def accumulation_steps(recipe: Recipe, lengths: Lengths | None, *, world_size: int) -> int:
+def accumulation_steps(
+    recipe: Recipe, lengths: Lengths | None, *, world_size: int, name: Callable[[int], str] = str
+) -> int:
     """Rows of an update per process: as given, or so that an update has `samples_per_update` samples on average.
 
     Args:
         recipe: its batch section is read.
         lengths: int64 (samples, 3); None for a stream.
         world_size: number of processes.
+        name: what a sample is called in an error.
     """
     if recipe.batch.gradient_accumulation_steps is not None or lengths is None:
         return recipe.batch.gradient_accumulation_steps or 1
-    sampler = PackedBatchSampler(
-        lengths, **dataclasses.asdict(row_limits(recipe)), seed=recipe.schedule.seed, window=recipe.batch.window
-    )
+    sampler = _sampler(recipe, lengths, name=name)
     samples_per_row = sampler.num_samples / sampler.num_packs
     return max(1, round(recipe.batch.samples_per_update / samples_per_row / world_size))
 
@@ -156,6 +174,7 @@ def _datasets(recipe: Recipe, processor: Any) -> tuple[Any, Any]:
         "media_root": data.media_root,
         "on_error": data.on_error,
         "max_length": data.max_length,
+        "overflow": data.overflow,
         "max_visual_tokens": data.max_visual_tokens,
         "add_system_prompt": data.add_system_prompt,
         "seed": recipe.schedule.seed,
@@ -175,44 +194,66 @@ def _lengths(
     recipe: Recipe, dataset: Any, arguments: Any, progress: Progress | None
 ) -> tuple[Lengths, Numbers | None]:
     """Lengths of the rows that a run can come to, and the numbers of these; None for all."""
-    wanted = _wanted_samples(recipe)
-    rows = None if wanted is None else rows_for(len(dataset), wanted, seed=recipe.schedule.seed)
-    lengths = _measure(recipe, dataset, arguments, progress, rows)
-    if rows is not None and _ends_early(recipe, lengths, world_size=arguments.world_size):
-        # Few long rows, or many that were skipped: an update takes more samples than asked for.
-        rows = None
+    max_steps, world_size = recipe.schedule.max_steps, arguments.world_size
+    if max_steps is None or recipe.batch.gradient_accumulation_steps is not None:
+        return _measure(recipe, dataset, arguments, progress, None), None
+    wanted = math.ceil(max_steps * recipe.batch.samples_per_update * (1 + _SPARE_ROWS))
+    while True:
+        rows = rows_for(len(dataset), wanted, seed=recipe.schedule.seed)
         lengths = _measure(recipe, dataset, arguments, progress, rows)
-    return lengths, rows
+        if rows is None:
+            return lengths, None
+        num_samples = int((lengths[:, TOKENS] > 0).sum())
+        if num_samples:
+            steps = accumulation_steps(recipe, lengths, world_size=world_size, name=dataset.name)
+            sampler = _sampler(recipe, lengths, packs_per_update=steps * world_size, name=dataset.name)
+            share = max_steps * steps * world_size / sampler.num_packs
+            if share <= 1:
+                return lengths, rows
+        # An update has more samples than asked for (it has whole rows, for each process), or many were skipped.
+        wanted = math.ceil(len(rows) * (share if num_samples else 2) * (1 + _SPARE_ROWS))
 
 
 def _measure(recipe: Recipe, dataset: Any, arguments: Any, progress: Progress | None, rows: Numbers | None) -> Lengths:
     with arguments.main_process_first(local=False, desc="lengths of samples"):
         return sample_lengths(
-            dataset, folder=_length_folder(recipe), rows=rows, num_workers=recipe.data.workers, progress=progress
+            dataset,
+            folder=_length_folder(recipe),
+            rows=rows,
+            retry_skipped=arguments.process_index == 0,
+            num_workers=recipe.data.workers,
+            progress=progress,
         )
 
 
-def _wanted_samples(recipe: Recipe) -> int | None:
-    """Samples that `max_steps` updates take and some to spare; None where that is not known before they are read."""
-    if recipe.schedule.max_steps is None or recipe.batch.gradient_accumulation_steps is not None:
-        return None
-    return math.ceil(recipe.schedule.max_steps * recipe.batch.samples_per_update * (1 + _SPARE_ROWS))
-
-
-def _ends_early(recipe: Recipe, lengths: Lengths, *, world_size: int) -> bool:
-    """Whether `max_steps` updates would come to the end of what was read, and so read some of it twice."""
-    assert recipe.schedule.max_steps is not None
-    if not (lengths[:, TOKENS] > 0).any():
-        return True
-    packs_per_update = accumulation_steps(recipe, lengths, world_size=world_size) * world_size
-    sampler = PackedBatchSampler(
+def _sampler(
+    recipe: Recipe, lengths: Lengths, *, packs_per_update: int = 1, name: Callable[[int], str] = str
+) -> PackedBatchSampler:
+    return PackedBatchSampler(
         lengths,
         **dataclasses.asdict(row_limits(recipe)),
         seed=recipe.schedule.seed,
         window=recipe.batch.window,
         packs_per_update=packs_per_update,
+        name=name,
     )
-    return sampler.num_packs < recipe.schedule.max_steps * packs_per_update
+
+
+def _compare_plan(trainer: VideoLlama3Trainer, checkpoint: str | None) -> None:
+    """Keeps which samples come in which order; warns where a run that resumes would read others."""
+    digest = trainer.plan_digest()
+    if checkpoint is None:
+        if trainer.args.should_save:
+            os.makedirs(trainer.args.output_dir, exist_ok=True)
+            (Path(trainer.args.output_dir) / _PLAN_NAME).write_text(digest + "\n", encoding="utf-8")
+        return
+    kept = Path(checkpoint).parent / _PLAN_NAME
+    if trainer.args.should_save and kept.is_file() and kept.read_text(encoding="utf-8").strip() != digest:
+        logger.warning(
+            "This run reads other samples, or in another order, than the one that wrote %s (another max_steps, other "
+            "data, limits or number of processes): some samples will be seen twice, others not in this epoch.",
+            checkpoint,
+        )
 
 
 def _length_folder(recipe: Recipe) -> str:
@@ -261,7 +302,9 @@ def _save_final(recipe: Recipe, trainer: VideoLlama3Trainer) -> None:
         trainer.save_whole_model(str(folder / "adapter"))
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
-            merge_adapter(recipe.model.path, folder / "adapter", dtype=dtype).save_pretrained(folder)
+            merge_adapter(_load_model(recipe, dtype=torch.float32), folder / "adapter", dtype=dtype).save_pretrained(
+                folder
+            )
             trainer.processing_class.save_pretrained(folder)
     else:
         trainer.save_whole_model(str(folder))
@@ -275,20 +318,35 @@ def _save_final(recipe: Recipe, trainer: VideoLlama3Trainer) -> None:
 
 
 def _record(
-    recipe: Recipe, trainer: VideoLlama3Trainer, lengths: Lengths | None, train_loss: float, evaluation: dict[str, Any]
+    recipe: Recipe,
+    trainer: VideoLlama3Trainer,
+    lengths: Lengths | None,
+    rows: Numbers | None,
+    evaluation: dict[str, Any],
 ) -> dict[str, Any]:
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    counts: dict[str, Any] = {"num_train_samples": None, "num_skipped_samples": None, "num_unread_samples": None}
+    epochs = trainer.state.epoch
+    if lengths is not None:
+        usable, read = int((lengths[:, TOKENS] > 0).sum()), len(lengths) if rows is None else len(rows)
+        counts = {
+            "num_train_samples": usable,
+            "num_skipped_samples": read - usable,
+            "num_unread_samples": len(lengths) - read,
+        }
+        # The Trainer counts passes over what was read.
+        epochs = None if epochs is None else epochs * read / len(lengths)
     return {
         "base_model": recipe.model.path,
         "recipe": flat_settings(recipe),
         "data": list(recipe.data.train),
-        "num_train_samples": None if lengths is None else int((lengths[:, TOKENS] > 0).sum()),
-        "num_skipped_samples": None if lengths is None else int((lengths[:, TOKENS] == 0).sum()),
+        **counts,
         "num_updates": trainer.state.global_step,
+        "num_epochs": epochs,
         "num_processes": trainer.args.world_size,
         "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
-        "mean_train_loss": train_loss,
-        "final_train_loss": losses[-1] if losses else None,
+        "mean_train_loss": mean_loss(losses),
+        "final_train_loss": losses[-1][1] if losses else None,
         "eval": {key: value for key, value in evaluation.items() if key == "eval_loss"},
         "versions": {
             "python": platform.python_version(),
@@ -296,6 +354,16 @@ def _record(
             "transformers": transformers.__version__,
         },
     }
+
+
+def mean_loss(logged: Sequence[tuple[int, float]]) -> float | None:
+    """The mean over the updates of a run from (update, mean since the one before it); None without any.
+
+    transformers' own covers only what a run that resumed did after that.
+    """
+    steps = [0, *(step for step, _ in logged)]
+    total = sum((step - before) * loss for before, (step, loss) in zip(steps, logged, strict=False))
+    return total / steps[-1] if steps[-1] else None
 
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
