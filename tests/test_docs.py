@@ -39,7 +39,7 @@ def write_parts(folder):
     vision = SiglipVisionConfig(
         hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=3, patch_size=14, image_size=56
     )
-    SiglipVisionModel(vision).save_pretrained(folder / "siglip-so400m-patch14-384")
+    SiglipVisionModel(vision).save_pretrained(folder / "google" / "siglip-so400m-patch14-384")
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "ckpt")
     text = Qwen2Config(
         vocab_size=320,
@@ -51,8 +51,8 @@ def write_parts(folder):
         bos_token_id=301,
         eos_token_id=300,
     )
-    Qwen2ForCausalLM(text).save_pretrained(folder / "Qwen2.5-1.5B-Instruct")
-    tokenizer.save_pretrained(folder / "Qwen2.5-1.5B-Instruct")
+    Qwen2ForCausalLM(text).save_pretrained(folder / "Qwen" / "Qwen2.5-1.5B-Instruct")
+    tokenizer.save_pretrained(folder / "Qwen" / "Qwen2.5-1.5B-Instruct")
 
 
 def test_from_the_authors_code(reader, capsys):

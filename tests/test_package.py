@@ -48,10 +48,12 @@ def test_wheel_and_sdist_work_in_a_clean_environment(tmp_path):
     (sdist,) = tmp_path.glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
     assert "videollama3/py.typed" in names
+    assert {"videollama3/recipes/stage4.yaml", "videollama3/recipes/accelerate/fsdp2.yaml"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
     with tarfile.open(sdist) as archive:
-        assert any(name.endswith("/src/videollama3/cli.py") for name in archive.getnames())
+        for needed in ("/src/videollama3/cli.py", "/examples/make_clip.py", "/recipes/stage4.yaml"):
+            assert any(name.endswith(needed) for name in archive.getnames()), needed
     environment = tmp_path / "environment"
     run(sys.executable, "-m", "venv", str(environment))
     pip = [str(environment / "bin" / "pip"), "install", "--quiet", "-c", str(ROOT / "constraints.txt")]

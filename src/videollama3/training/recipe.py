@@ -405,7 +405,7 @@ def training_arguments(recipe: Recipe, *, gradient_accumulation_steps: int, tens
     from transformers import TrainingArguments
 
     schedule, output = recipe.schedule, recipe.output
-    # The older name says the same; the newer one came in transformers 5.2x.
+    # The older name says the same; the newer one came after transformers 5.16.
     checkpointing = (
         "activation_checkpointing"
         if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
