@@ -120,7 +120,10 @@ class TestFullySharded:
     def test_losses_and_weights(self, name, two, one):
         (expected,) = one[name]
         first, second = two[name]
-        # Measured worst case 0, with a tied head (its two gradients are summed in another order) 7e-6.
+        # Measured worst case 3e-6 of the largest: gradients of the chunks of the loss are summed in another order.
+        for name, gradient in expected["gradients"].items():
+            atol = 3e-5 * float(gradient.abs().max()) + 1e-6
+            torch.testing.assert_close(first["gradients"][name], gradient, atol=atol, rtol=0, msg=name)
         for step, (a, b) in enumerate(expected["losses"]):
             assert first["losses"][step] == pytest.approx([a], abs=1e-4)
             assert second["losses"][step] == pytest.approx([b], abs=1e-4)

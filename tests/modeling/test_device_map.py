@@ -15,7 +15,19 @@ PARTLY_ON_DISK = {
 }
 
 
-@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, PARTLY_ON_DISK], ids=["auto", "cpu", "disk"])
+ENCODER_ON_DISK = {
+    "model.vision_model": "disk",
+    "model.projector": "disk",
+    "model.language_model": "cpu",
+    "lm_head": "cpu",
+}
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    ["auto", {"": "cpu"}, PARTLY_ON_DISK, ENCODER_ON_DISK],
+    ids=["auto", "cpu", "language model on disk", "encoder on disk"],
+)
 def test_answers_as_on_one_device(device_map, processor, model, tmp_path):
     conversation = [
         {

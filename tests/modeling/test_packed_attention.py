@@ -103,16 +103,37 @@ def test_eager_takes_segments_in_blocks_of_bounded_memory(monkeypatch):
         counts.append((query.shape[0], query.shape[2]))
         return eager_segment_attention(module, query, key, value, attention_mask, **kwargs)
 
-    # Room for the scores of two segments of six patches, and for less than one of nine.
+    # Room for the scores of two segments of six patches, and for eight queries of a segment of nine.
     monkeypatch.setattr(packed_attention, "_MAX_EAGER_SCORE_BYTES", 2 * 4 * HEADS * 6 * 6)
     monkeypatch.setattr(packed_attention, "eager_segment_attention", counting)
     blocks = attend_packed(
         counting, _module(), *states, segments=segments, implementation="eager", scaling=HEAD_DIM**-0.5
     )
-    assert counts == [(2, 6), (2, 6), (2, 6), (1, 6), (1, 9), (1, 9)]
+    assert counts == [(2, 6), (2, 6), (2, 6), (1, 6), (1, 8), (1, 1), (1, 8), (1, 1)]
     # Measured worst case 1.4e-6 of 6.2 (another batch size rounds otherwise); a block at another's place is
     # off by the size of the values.
     torch.testing.assert_close(blocks, whole, atol=1e-5, rtol=0)
+
+
+def test_eager_takes_one_long_segment_in_blocks_of_queries(monkeypatch):
+    """A picture of 16,384 patches would write 17 GB of scores."""
+    segments = pack_segments([Grid(1, 5, 6, 1), Grid(1, 2, 2, 1)], torch.device("cpu"))
+    states = [torch.randn(34, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    shapes = []
+
+    def attend(module, query, key, value, *args, **kwargs):
+        shapes.append((*query.shape, key.shape[2]))
+        return eager_segment_attention(module, query, key, value, *args, **kwargs)
+
+    options = {"segments": segments, "implementation": "eager", "scaling": 0.5}
+    expected = attend_packed(attend, torch.nn.Module(), *states, **options)
+    assert len(shapes) == 2
+    shapes.clear()
+    monkeypatch.setattr(packed_attention, "_MAX_EAGER_SCORE_BYTES", 4 * HEADS * 30 * 7)
+    result = attend_packed(attend, torch.nn.Module(), *states, **options)
+    assert max(heads * length * keys for _, heads, length, _, keys in shapes) == HEADS * 7 * 30
+    # Measured worst case 2e-7: a product of other shapes rounds otherwise.
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
 def test_flash_gets_all_segments_in_one_call_with_their_bounds():

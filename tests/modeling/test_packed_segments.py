@@ -68,6 +68,17 @@ def test_positions_restart_with_every_frame_and_run_row_by_row_without_merge():
     assert segments.row_column.tolist() == frame * 2
 
 
+def test_segments_move_to_a_device():
+    """accelerate moves what it hands to a layer on another device by this method."""
+    segments = pack_segments([Grid(1, 4, 4, 2), Grid(1, 2, 2, 1)], torch.device("cpu"))
+    moved = segments.to("meta")
+    tensors = (moved.gather, moved.scatter, moved.row_column, moved.cu_seqlens)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert (moved.groups, moved.max_seqlen) == (segments.groups, segments.max_seqlen)
+    still = pack_segments([Grid(1, 2, 2, 1)], torch.device("cpu"))
+    assert still.to("meta").gather is None
+
+
 def test_segments_of_equal_length_stand_together():
     # Lengths 12, 6, 8, 6: the two items of 6 become one group although an item stands between them.
     grids = [Grid(1, 3, 4, 1), Grid(2, 2, 3, 1), Grid(1, 2, 4, 2), Grid(1, 3, 2, 1)]

@@ -66,6 +66,15 @@ def test_num_items_in_batch_divides_the_sum(parts, divisor):
     torch.testing.assert_close(loss, _full(head, hidden, labels, "sum") / 20, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("divisor", [0, torch.tensor(0)])
+def test_nothing_supervised_in_a_whole_update(parts, divisor):
+    """transformers' Trainer counts the labels of all rows of an update, and divides by none."""
+    head, hidden, labels = parts
+    loss = supervised_loss(hidden, torch.full_like(labels, -100), head, num_items_in_batch=divisor)
+    assert loss.item() == 0.0
+    assert not torch.autograd.grad(loss, hidden)[0].any()
+
+
 def test_nothing_supervised_gives_a_connected_zero(parts):
     head, hidden, labels = parts
     loss = supervised_loss(hidden, torch.full_like(labels, -100), head)

@@ -216,6 +216,13 @@ def test_uint8_equals_normalised_floats():
     assert torch.equal(raw, normalised)
 
 
+@torch.no_grad()
+def test_channels_last_weights_are_the_same_weights():
+    encoder, inputs = _encoder(), media([[2, 4, 4]], [2])
+    expected = _encode(encoder, *inputs)
+    assert torch.equal(_encode(encoder.to(memory_format=torch.channels_last), *inputs), expected)
+
+
 def test_pixels_are_cast_to_the_weights_dtype():
     pixels, grid_thw, merge_sizes = media(GRIDS, MERGES)
     encoder = _encoder()

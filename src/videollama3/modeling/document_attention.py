@@ -43,6 +43,18 @@ class Documents:
 
     lengths: tuple[int, ...]
 
+    def bounds(self, device: torch.device) -> dict[str, Any]:
+        """Where each begins and ends, for kernels of packed sequences: `cu_seq_lens_q` and the others of its kind."""
+        ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        cu_seq_lens = ends.to(device, non_blocking=True)
+        longest = max(self.lengths)
+        return {
+            "cu_seq_lens_q": cu_seq_lens,
+            "cu_seq_lens_k": cu_seq_lens,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
 
 def read_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | None, num_rows: int) -> Documents:
     """Where documents begin: wherever a position does not follow the one before, as transformers' mask has it.
@@ -60,15 +72,40 @@ def read_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | No
     Returns:
         The lengths, on the host: the only place where it waits for the device.
     """
-    # The first of a row follows nothing.
-    begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1]) != 1
-    if attention_mask is not None:
-        is_token = attention_mask.to(device=begins.device, dtype=torch.bool)
-        begins = begins.expand(num_rows, -1).clone()
-        begins[:, 1:] &= is_token[:, 1:] | is_token[:, :-1]
-    begins = begins.expand(num_rows, -1).flatten()
+    begins = _begins(position_ids, attention_mask).expand(num_rows, -1).flatten()
     first = begins.nonzero().flatten()
     return Documents(tuple(first.diff(append=first.new_tensor([begins.numel()])).tolist()))
+
+
+def _begins(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Whether a document, or padding, begins at a token: bool (rows, L)."""
+    # The first of a row follows nothing.
+    begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1]) != 1
+    if attention_mask is None:
+        return begins
+    is_token = attention_mask.to(device=begins.device, dtype=torch.bool)
+    before, after = is_token[:, :-1], is_token[:, 1:]
+    # Padding on the left ends where the tokens begin, whatever its positions are.
+    inner = (begins[:, 1:] & (before | after)) | (before != after)
+    return torch.cat([begins[:, :1].expand(len(is_token), -1), inner], dim=1)
+
+
+def mask_of_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """The mask of all pairs that says the same as `read_documents`, and can be made inside a compiled graph.
+
+    Args:
+        position_ids: int64 (B or 1, L).
+        attention_mask: (B, L), 0 at padding.
+        dtype: of the result.
+
+    Returns:
+        (B, 1, L, L), 0 where a token (row) sees another (column), else the lowest number of `dtype`.
+    """
+    document = _begins(position_ids, attention_mask).cumsum(dim=-1)
+    length = document.shape[-1]
+    order = torch.arange(length, device=document.device)
+    sees = (document[:, :, None] == document[:, None, :]) & (order[:, None] >= order[None, :])
+    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def attends_by_document(language_model: Any, *, device: torch.device, **kwargs: Any) -> bool:

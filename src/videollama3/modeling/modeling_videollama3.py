@@ -18,10 +18,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.utils import can_return_tuple
 
 from .configuration_videollama3 import VideoLlama3Config
-from .document_attention import Documents, attend_by_document, attends_by_document, read_documents
+from .document_attention import Documents, attend_by_document, attends_by_document, mask_of_documents, read_documents
 from .pretrained_videollama3 import VideoLlama3PreTrainedModel
 from .supervised_loss import supervised_loss
-from .torch_varlen import TORCH_VARLEN
+from .torch_varlen import TORCH_VARLEN, varlen_obstacle
 from .vision_encoder_videollama3 import VideoLlama3VisionModel
 
 # Inputs that describe media: their first dimension is not the batch, and only the prompt needs them.
@@ -255,15 +255,25 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             inputs_embeds = self._embed(input_ids, image_features, video_features, media_expand_size)
         elif image_features is not None or video_features is not None:
             raise ValueError("Expected input_ids together with pixel values (placeholders are found by id).")
+        assert inputs_embeds is not None
         mask: Any = attention_mask
-        if past_key_values is None and holds_documents(position_ids, attention_mask):
-            self._check_documents(inputs_embeds, use_cache, has_bounds=kwargs.get("cu_seq_lens_q") is not None)
+        # A step of decoding is not looked at: that would wait for the device at every token.
+        is_step = past_key_values is not None and inputs_embeds.shape[1] == 1
+        if not is_step and holds_documents(position_ids, attention_mask):
+            assert position_ids is not None
+            self._check_documents(
+                inputs_embeds,
+                use_cache or past_key_values is not None,
+                has_bounds=kwargs.get("cu_seq_lens_q") is not None,
+            )
             # transformers keeps documents apart only where there is neither a mask nor a cache.
-            mask, use_cache = self._documents(inputs_embeds, position_ids, attention_mask, **kwargs), False
+            mask, kwargs = self._documents(inputs_embeds, position_ids, attention_mask, kwargs)
+            use_cache = False
         elif torch.compiler.is_compiling() and past_key_values is None and position_ids is not None:
             # Inside a graph nobody can look whether positions restart: transformers' mask follows them where there is
             # neither a mask nor a cache.
             use_cache = bool(use_cache)
+            mask = self._mask_in_graph(inputs_embeds, position_ids, attention_mask)
         outputs = self.language_model(
             input_ids=None,
             attention_mask=mask,
@@ -288,8 +298,8 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
     ) -> None:
         if use_cache:
             raise ValueError(
-                "Expected use_cache=False (or None) for rows whose position_ids restart, got True: a cache of "
-                "several documents cannot be continued."
+                "Expected no cache (use_cache=False) for rows whose position_ids restart, got one: a cache of "
+                "several documents cannot be continued (generate answers one document at a time)."
             )
         implementation = self.config.text_config._attn_implementation
         one_row = "flash" in implementation or (implementation == TORCH_VARLEN and has_bounds)
@@ -301,21 +311,47 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
 
     def _documents(
         self,
-        inputs_embeds: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> dict[str, Documents | None] | None:
-        """What keeps documents apart without a mask of all pairs; None where transformers has to make that mask."""
-        assert inputs_embeds is not None
-        assert position_ids is not None
-        config = self.config.text_config
-        if config._attn_implementation == TORCH_VARLEN and kwargs.get("cu_seq_lens_q") is not None:
-            # The kernel goes by the bounds, and reads no mask.
-            return dict.fromkeys(config.layer_types)
+        kwargs: dict[str, Any],
+    ) -> tuple[dict[str, Documents | None] | None, dict[str, Any]]:
+        """What keeps documents apart without a mask of all pairs (None: transformers makes one), and all arguments."""
+        config, num_rows = self.config.text_config, inputs_embeds.shape[0]
+        if config._attn_implementation == TORCH_VARLEN:
+            if kwargs.get("cu_seq_lens_q") is None and num_rows == 1 and self._varlen_runs(inputs_embeds):
+                documents = read_documents(position_ids, attention_mask, num_rows)
+                kwargs = {**kwargs, **documents.bounds(inputs_embeds.device)}
+            if kwargs.get("cu_seq_lens_q") is not None:
+                # The kernel goes by the bounds, and reads no mask.
+                return dict.fromkeys(config.layer_types), kwargs
         if not attends_by_document(self.language_model, device=inputs_embeds.device, **kwargs):
-            return None
-        return {"full_attention": read_documents(position_ids, attention_mask, inputs_embeds.shape[0])}
+            return None, kwargs
+        return {"full_attention": read_documents(position_ids, attention_mask, num_rows)}, kwargs
+
+    def _varlen_runs(self, inputs_embeds: torch.Tensor) -> bool:
+        """Whether torch's kernel takes the language model's layers as they are here."""
+        config = self.config.text_config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dropout = config.attention_dropout if self.training else 0.0
+        obstacle = varlen_obstacle(inputs_embeds.device, inputs_embeds.dtype, head_dim=head_dim, dropout=dropout)
+        return obstacle is None and set(config.layer_types) == {"full_attention"}
+
+    def _mask_in_graph(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """In place of a mask of padding one that follows restarting positions too, which transformers' would not."""
+        config = self.config.text_config
+        if (
+            attention_mask is None
+            or attention_mask.ndim != 2
+            or position_ids.ndim != 2
+            or attention_mask.shape[-1] != position_ids.shape[-1]
+            or config._attn_implementation not in ("sdpa", "eager", TORCH_VARLEN)
+            or set(config.layer_types) != {"full_attention"}
+        ):
+            return attention_mask
+        return mask_of_documents(position_ids, attention_mask, dtype=inputs_embeds.dtype)
 
     def _embed(
         self,
@@ -350,19 +386,19 @@ def holds_documents(position_ids: torch.Tensor | None, attention_mask: torch.Ten
 
     Args:
         position_ids: int64 (batch or 1, sequence).
-        attention_mask: (batch, sequence), 0 at padding. Rows padded on the left hold one document: the
-            positions of their padding say nothing.
+        attention_mask: (batch, sequence), 0 at padding, whose positions say nothing; with a cache its last columns
+            are those of the positions.
     """
     if position_ids is None or position_ids.ndim != 2 or torch.compiler.is_compiling():
         return False
     restarts = position_ids.diff(dim=-1) <= 0
     if attention_mask is None:
         return bool(restarts.any())
-    if attention_mask.ndim != 2 or attention_mask.shape[-1] != position_ids.shape[-1]:
+    length = position_ids.shape[-1]
+    if attention_mask.ndim != 2 or attention_mask.shape[-1] < length:
         return False
-    is_token = attention_mask.to(device=restarts.device, dtype=torch.bool)
-    padded_left = (~is_token[:, :-1] & is_token[:, 1:]).any()
-    return bool((restarts & is_token[:, 1:]).any() & ~padded_left)
+    is_token = attention_mask[:, -length:].to(device=restarts.device, dtype=torch.bool)
+    return bool((restarts & is_token[:, 1:] & is_token[:, :-1]).any())
 
 
 def _check_counts(where: torch.Tensor, features: torch.Tensor, *, name: str, token_id: int) -> None:
@@ -487,7 +523,12 @@ class VideoLlama3ForCausalLM(VideoLlama3PreTrainedModel, GenerationMixin):
             skip_logits: with labels, whether to return no logits; by default in training mode only.
             num_items_in_batch: divisor of the loss under gradient accumulation.
             kwargs: handed on.
+
+        Raises:
+            ValueError: as `VideoLlama3Model.forward` does; for `skip_logits` without labels.
         """
+        if skip_logits and labels is None:
+            raise ValueError("Expected labels with skip_logits=True, got none: there would be nothing to return.")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -541,10 +582,10 @@ class VideoLlama3ForCausalLM(VideoLlama3PreTrainedModel, GenerationMixin):
         The arguments are transformers' own, which looks for some of these names in the signature.
         """
         # Chunked prefill of older transformers and assistants announce no first iteration: without this, the
-        # media would be dropped and placeholders read as text.
-        is_first_iteration = is_first_iteration or (
-            past_key_values is not None and past_key_values.get_seq_length() == 0
-        )
+        # media would be dropped and placeholders read as text. (A static cache has its length on the device: it is
+        # read where there are media only, and once.)
+        if not is_first_iteration and past_key_values is not None and any(name in kwargs for name in MEDIA_INPUTS):
+            is_first_iteration = bool(past_key_values.get_seq_length() == 0)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -130,6 +130,9 @@ def attend_packed(
         return output.reshape(query_THD.shape)
     outputs = []
     start = 0
+    call = functools.partial(_attended, attend, module, scaling=scaling, dropout=dropout)
+    if implementation == "eager":
+        call = functools.partial(_attended_in_blocks, call)
     for num_segments, length in segments.groups:
         for count in _segments_per_call(num_segments, length, query_THD.shape[1], implementation):
             rows = slice(start, start + count * length)
@@ -137,7 +140,6 @@ def attend_packed(
                 tensor[rows].view(count, length, *tensor.shape[1:]).transpose(1, 2)
                 for tensor in (query_THD, key_THD, value_THD)
             )
-            call = functools.partial(_attended, attend, module, scaling=scaling, dropout=dropout)
             in_float32 = implementation == "sdpa" and is_faster_in_float32(query)
             output = attend_in_float32(call, query, key, value) if in_float32 else call(query, key, value)
             outputs.append(output.reshape(count * length, *query_THD.shape[1:]))
@@ -152,6 +154,17 @@ def _attended(
         module, *states, attention_mask=None, scaling=scaling, dropout=dropout, is_causal=False
     )[0]
     return output
+
+
+def _attended_in_blocks(
+    call: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Queries of one long segment in blocks, so that its scores stay below the limit too."""
+    length = query.shape[2]
+    rows = max(1, _MAX_EAGER_SCORE_BYTES // (4 * query.shape[0] * query.shape[1] * length))
+    if rows >= length or torch.compiler.is_compiling():
+        return call(query, key, value)
+    return torch.cat([call(part, key, value) for part in query.split(rows, dim=2)], dim=1)
 
 
 def _segments_per_call(num_segments: int, length: int, num_heads: int, implementation: str) -> list[int]:

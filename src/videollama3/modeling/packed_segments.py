@@ -95,6 +95,15 @@ class PackedSegments:
     cu_seqlens: torch.Tensor
     max_seqlen: int
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedSegments:
+        """The same with its tensors on a device: accelerate moves what it hands to layers on other devices by this."""
+        moved = {
+            name: tensor.to(device, non_blocking=non_blocking)
+            for name in ("gather", "scatter", "row_column", "cu_seqlens")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **moved)
+
 
 def pack_segments(grids: list[Grid], device: torch.device) -> PackedSegments:
     """Groups the segments of a batch by length.

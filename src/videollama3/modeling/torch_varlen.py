@@ -48,6 +48,8 @@ def varlen_obstacle(device: torch.device, dtype: torch.dtype, *, head_dim: int, 
         return f"dtype {dtype}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"compute capability {torch.cuda.get_device_capability(device)}"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "a build of torch without flash kernels"
     if head_dim > _MAX_HEAD_DIM:
         return f"head width {head_dim}"
     if dropout > 0.0:

@@ -26,6 +26,7 @@ from .onednn_linear import OneDnnLinear, linear_then_gelu_tanh
 from .packed_attention import attend_packed, eager_segment_attention
 from .packed_segments import Grid, PackedSegments, chunk_grids, distinct_frames, pack_segments, read_grids
 from .pretrained_videollama3 import VideoLlama3PreTrainedModel
+from .sharded_modules import gathers_weights
 from .torch_varlen import TORCH_VARLEN, check_varlen, torch_varlen_attention, varlen_obstacle
 
 # Without gradients the encoder takes whole segments in chunks whose activations stay below this, so that they
@@ -73,17 +74,6 @@ class Attention(NamedTuple):
 
     implementation: str
     function: Callable[..., Any]
-
-
-def gathers_weights(module: nn.Module) -> bool:
-    """Whether a part of a module fetches its weights from other processes at every call (FSDP of both kinds, ZeRO-3).
-
-    Such processes call it equally often, or they wait for each other for ever.
-    """
-    # By name: `fully_shard` makes a class FSDP<name of the part's class>; DeepSpeed numbers what it divides.
-    if any(type(part).__name__.startswith(("FSDP", "FullyShardedDataParallel")) for part in module.modules()):
-        return True
-    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def activation_bytes_per_patch(config: VideoLlama3VisionConfig, dtype: torch.dtype) -> int:
@@ -163,24 +153,33 @@ def merge_blocks(hidden_TC: torch.Tensor, merge: int) -> torch.Tensor:
     return blocks[:, low : high + 1, low : high + 1].mean(dim=(1, 2))
 
 
+class PatchConvolution(nn.Conv2d):
+    """A convolution whose stride is its kernel, over pictures that are cut into patches: one matrix product."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(T, channels * patch * patch) of any dtype -> (T, C) in the weight's dtype."""
+        # Reshaped, not viewed: `channels_last` reorders the weight.
+        weight = self.weight.reshape(self.out_channels, -1)
+        return nn.functional.linear(patches.to(weight.dtype), weight, self.bias)
+
+
 class VideoLlama3VisionEmbeddings(nn.Module):
-    """Patches of 588 values -> hidden states: a 14 x 14 convolution of stride 14, that is one matrix product."""
+    """Patches of 588 values -> hidden states: a 14 x 14 convolution of stride 14."""
 
     def __init__(self, config: VideoLlama3VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embedding = nn.Conv2d(
+        self.patch_embedding = PatchConvolution(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(T, channels * patch * patch), normalised floats or raw uint8 0..255 -> (T, C) in the weight's dtype."""
-        weight = self.patch_embedding.weight
         if pixel_values.dtype == torch.uint8:
             pixel_values = self._normalize(pixel_values)
-        return nn.functional.linear(
-            pixel_values.to(weight.dtype), weight.view(weight.shape[0], -1), self.patch_embedding.bias
-        )
+        # Called, not read: weights that are offloaded arrive with the call.
+        hidden: torch.Tensor = self.patch_embedding(pixel_values)
+        return hidden
 
     def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         # Equal, for each of the 256 levels, to the processor's table.
@@ -204,7 +203,7 @@ class VideoLlama3VisionAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = False
         self.num_key_value_groups = 1
-        # Three products: one of three times the width is no faster (docs/memory.md), and has other names.
+        # Three products: on the CPU one of three times the width is no faster (docs/memory.md); it has other names.
         self.q_proj = OneDnnLinear(config.hidden_size, config.hidden_size)
         self.k_proj = OneDnnLinear(config.hidden_size, config.hidden_size)
         self.v_proj = OneDnnLinear(config.hidden_size, config.hidden_size)
@@ -385,7 +384,7 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         sizes = [sum(grid.num_patches for grid in chunk) for chunk in chunks]
         parts = [self._encode(part, chunk) for part, chunk in zip(pixel_values.split(sizes), chunks, strict=True)]
         tokens = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return tokens if repeated is None else tokens[repeated]
+        return tokens if repeated is None else tokens[repeated.to(tokens.device)]
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Transformers' check, which also lets "torch_varlen" pass where the package is not imported.
@@ -440,7 +439,8 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
             hidden = hidden[segments.gather]
         hidden = self.post_layernorm(self.encoder(hidden, segments, rotary, self._attention(hidden)))
         if segments.scatter is not None:
-            hidden = hidden[segments.scatter]
+            # Layers may lie on several devices, the last one on another than the first.
+            hidden = hidden[segments.scatter.to(hidden.device)]
         parts = hidden.split([grid.num_patches for grid in grids])
         return torch.cat([merge_blocks(part, grid.merge) for part, grid in zip(parts, grids, strict=True)])
 

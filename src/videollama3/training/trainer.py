@@ -19,7 +19,6 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..modeling import supervised_loss as loss_module
 from ..modeling.torch_varlen import TORCH_VARLEN
 from .collator import IGNORE_INDEX, PackingCollator
 from .length_index import Progress, measure_sample, sample_lengths
@@ -174,9 +173,6 @@ class VideoLlama3Trainer(Trainer):
             del self.model.config.use_cache
         elif use_cache is not None:
             self.model.config.use_cache = use_cache
-        if self.is_sharded and self.is_deepspeed_enabled:
-            # ZeRO-3 gathers the head for every chunk of the loss: all processes need equally many.
-            loss_module.POSITIONS_PER_CHUNK = limits.max_length
 
     @property
     def is_sharded(self) -> bool:
