@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from .conversations import Conversation, MediaReference, is_batch, read_conversation
 from .encoded_prompt import EncodedPrompt
-from .image_processing_videollama3 import VideoLlama3ImageProcessor, image_rows
+from .image_processing_videollama3 import VideoLlama3ImageProcessor
 from .media_requests import (
     EncodedMedia,
     RequestEstimate,
@@ -33,21 +33,15 @@ from .planned_media import PlannedMedia, plan_image, plan_videos
 from .prompt_tokens import (
     CHAT_TEMPLATE,
     IMAGE_PLACEHOLDER,
-    OFFICIAL_PLACEHOLDER,
     VIDEO_PLACEHOLDER,
     Piece,
     PromptTokenizer,
     timestamp_text,
 )
 from .stream_messages import MAX_STREAM_FRAMES, check_timed_messages, first_frames, interleave, select_messages
+from .text_placeholders import media_of_texts
 from .token_rows import batch_rows, truncate_row
-from .video_processing_videollama3 import (
-    PER_VIDEO_OPTIONS,
-    VideoLlama3VideoProcessor,
-    split_per_video,
-    split_timestamps,
-    video_rows,
-)
+from .video_processing_videollama3 import PER_VIDEO_OPTIONS, VideoLlama3VideoProcessor
 
 _TEXT_OPTIONS = (
     "padding",
@@ -526,36 +520,13 @@ class VideoLlama3Processor(ProcessorMixin):
         if not texts or not all(isinstance(item, str) for item in texts):
             raise TypeError(f"Expected `text` as a string or a non-empty list of strings, got {text!r:.80}.")
         rows = [self._prompts.split(item) for item in texts]
-        image_markers = [
-            sum(p.token_id is not None and p.text in (IMAGE_PLACEHOLDER, OFFICIAL_PLACEHOLDER) for p in row)
-            for row in rows
-        ]
-        video_markers = [sum(p.token_id is not None and p.text == VIDEO_PLACEHOLDER for p in row) for row in rows]
-        image_sources = _deal(
-            image_rows(images) if images is not None else [], image_markers, "image", IMAGE_PLACEHOLDER
+        references, shared = media_of_texts(
+            rows, images=images, videos=videos, options=options, placeholders=self._prompts.placeholders
         )
-        video_sources = _deal(
-            video_rows(videos) if videos is not None else [], video_markers, "video", VIDEO_PLACEHOLDER
-        )
-        num_videos = sum(video_markers)
-        records = iter(split_per_video(options.get("video_metadata"), num_videos, what="video_metadata"))
-        labels = iter(split_timestamps(options.get("timestamps"), num_videos))
         media: list[EncodedMedia] = []
         expanded = []
-        seen = {"image": 0, "video": 0}
-        for row, row_images, row_videos in zip(rows, image_sources, video_sources, strict=True):
-            sources = {"image": iter(row_images), "video": iter(row_videos)}
-            references = []
-            for piece in row:
-                if piece.token_id is None or piece.text not in self._prompts.placeholders:
-                    continue
-                kind = "video" if piece.text == VIDEO_PLACEHOLDER else "image"
-                own = {"video_metadata": next(records), "timestamps": next(labels)} if kind == "video" else {}
-                reference = MediaReference(kind, next(sources[kind]), own, f"{kind} {seen[kind]}")  # type: ignore[arg-type]
-                references.append(reference)
-                seen[kind] += 1
-            shared = {key: value for key, value in options.items() if key not in ("video_metadata", "timestamps")}
-            encoded = self._encode_media(references, shared, "")
+        for row, own in zip(rows, references, strict=True):
+            encoded = self._encode_media(own, shared, "")
             media += encoded
             expanded.append(self._expand(row, encoded))
         return self._finish(expanded, media, options)
@@ -666,24 +637,6 @@ def _is_option(name: str) -> bool:
 
 def _pick(options: dict[str, Any], names: Sequence[str], prefix: str) -> dict[str, Any]:
     return {name: options.get(prefix + name, options.get(name)) for name in names}
-
-
-def _deal(rows: list[list[Any]], counts: list[int], kind: str, marker: str) -> list[list[Any]]:
-    """Media for each text: given per row, or dealt out in order of the placeholders."""
-    flat = [item for row in rows for item in row]
-    nested = len(rows) == len(counts) and len(rows) > 1
-    if len(flat) != sum(counts) or (nested and [len(row) for row in rows] != counts):
-        given = [len(row) for row in rows] if nested else len(flat)
-        raise ValueError(
-            f"Expected one {kind} for each {marker} in `text`, got {counts if nested else sum(counts)} "
-            f"placeholder(s) and {given} {kind}(s)."
-        )
-    dealt = []
-    start = 0
-    for count in counts:
-        dealt.append(flat[start : start + count])
-        start += count
-    return dealt
 
 
 def _official_compression(name_or_path: Any, hub: dict[str, Any]) -> dict[str, Any]:

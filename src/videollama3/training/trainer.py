@@ -196,7 +196,8 @@ class VideoLlama3Trainer(Trainer):
             )
             max_workers = getattr(self.train_dataset, "max_workers", lambda: None)()
             return self._loader(stream, batch_size=None, max_workers=max_workers)
-        self.train_sampler = self._plan(self.train_dataset)
+        if self.train_sampler is None:
+            self.train_sampler = self._plan(self.train_dataset)
         samples = PackedSamples(self.train_dataset, self._lengths_of(self.train_dataset))
         return self._loader(samples, batch_sampler=self.train_sampler)
 
@@ -210,7 +211,9 @@ class VideoLlama3Trainer(Trainer):
 
     def plan_digest(self) -> str:
         """Changes when a run would read other samples, or in another order."""
-        sampler = self._plan(self.train_dataset)
+        if self.train_sampler is None:
+            self.train_sampler = self._plan(self.train_dataset)
+        sampler = self.train_sampler
         state = [sampler.limits, sampler.seed, sampler.window, sampler.packs_per_update, sampler.num_packs]
         return hashlib.sha256(repr(state).encode() + sampler.lengths.tobytes()).hexdigest()
 
