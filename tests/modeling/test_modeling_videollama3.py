@@ -382,6 +382,29 @@ def test_the_encoder_runs_once_per_answer(model, request_with_media, monkeypatch
     assert calls == [12, 72]
 
 
+@torch.no_grad()
+def test_generate_computes_logits_of_one_position_of_the_prompt(model, request_with_media):
+    positions = []
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: positions.append(output.shape[:2]))
+    model.generate(**request_with_media, **GREEDY)
+    handle.remove()
+    assert set(positions) == {(1, 1)}
+
+
+@pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
+@torch.no_grad()
+def test_assisted_generation_with_media(model, request_with_media, way):
+    """Both draw candidates that are then read several at a time; the media go in with the prompt."""
+    expected = model.generate(**request_with_media, **GREEDY)
+    if way == "assistant":
+        assistant = copy.deepcopy(model)
+        assistant.lm_head.weight.add_(torch.randn_like(assistant.lm_head.weight) * 0.1)
+        options = {"assistant_model": assistant}
+    else:
+        options = {"prompt_lookup_num_tokens": 2}
+    assert torch.equal(model.generate(**request_with_media, **GREEDY, **options), expected)
+
+
 def _expanded(requests, times, **options):
     """Every row with its media, `times` times in a row."""
     return batch([request for request in requests for _ in range(times)], padding_side="left", **options)

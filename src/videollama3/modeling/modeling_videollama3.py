@@ -343,7 +343,7 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
         """In place of a mask of padding one that follows restarting positions too, which transformers' would not."""
         config = self.config.text_config
         if (
-            attention_mask is None
+            not isinstance(attention_mask, torch.Tensor)
             or attention_mask.ndim != 2
             or position_ids.ndim != 2
             or attention_mask.shape[-1] != position_ids.shape[-1]
@@ -395,7 +395,8 @@ def holds_documents(position_ids: torch.Tensor | None, attention_mask: torch.Ten
     if attention_mask is None:
         return bool(restarts.any())
     length = position_ids.shape[-1]
-    if attention_mask.ndim != 2 or attention_mask.shape[-1] < length:
+    # With a static cache `generate` hands over a dict of masks of all pairs.
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2 or attention_mask.shape[-1] < length:
         return False
     is_token = attention_mask[:, -length:].to(device=restarts.device, dtype=torch.bool)
     return bool((restarts & is_token[:, 1:] & is_token[:, :-1]).any())
