@@ -175,7 +175,7 @@ def test_documents_after_padding_on_the_left(packing_model, documents):
     """Also beside a row without padding; what its positions say at the padding does not matter."""
     row = _pack([prompt(text(7, 10)), prompt(text(5, 11))])
     plain = packing_model(**row).logits
-    for fill in (0, 1, 6):
+    for fill in (-1, 0, 1, 6):
         pad = functools.partial(torch.nn.functional.pad, pad=(2, 0))
         padded = {
             "input_ids": torch.cat([pad(row["input_ids"], value=301), text(14, 12).unsqueeze(0)]),
@@ -206,6 +206,25 @@ def test_the_mask_of_a_compiled_graph_says_the_same(documents):
         logits = torch.compile(model, backend="eager")(**padded).logits[:, left : left + 12]
         # Measured worst case 5e-7; without a mask of its own it is off by 1.8.
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    # One document stays one: positions that jump, and padding in the middle, whose positions stand still.
+    ids = text(8, 10).unsqueeze(0)
+    for mask, positions in (
+        ([1] * 8, [0, 1, 2, 10, 11, 12, 13, 14]),
+        ([1, 1, 1, 0, 0, 1, 1, 1], [0, 1, 2, 2, 2, 3, 4, 5]),
+    ):
+        inputs = {"input_ids": ids, "attention_mask": torch.tensor([mask]), "position_ids": torch.tensor([positions])}
+        kept = inputs["attention_mask"].bool()
+        got, want = torch.compile(model, backend="eager")(**inputs).logits, model(**inputs, use_cache=True).logits
+        torch.testing.assert_close(got[kept], want[kept], atol=1e-4, rtol=0)
+
+
+def test_padding_between_documents_is_refused(packing_model):
+    row = {**prompt(text(8)), "position_ids": torch.tensor([[0, 1, 2, 0, 0, 0, 1, 2]])}
+    row["attention_mask"] = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]])
+    assert not holds_documents(row["position_ids"], row["attention_mask"])
+    row["position_ids"][0, -1] = 0
+    with pytest.raises(ValueError, match="Expected padding only before and after the documents of a row"):
+        packing_model(**row)
 
 
 def test_flash_takes_one_row(packing_model, documents, monkeypatch):

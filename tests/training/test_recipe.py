@@ -336,9 +336,9 @@ def test_a_bad_row_of_the_held_out_set_is_found_before_training(task, tmp_path):
         + "\n"
     )
     recipe = load_recipe(RECIPES / "stage4.yaml", _overrides(task, tmp_path / "out", f"data.eval={held_out}"))
-    for measure_only in (True, False):
+    for measure_for in (1, None):
         with pytest.raises(ValueError, match=r"held_out.jsonl row 0"):
-            run_recipe(recipe, measure_only=measure_only)
+            run_recipe(recipe, measure_for=measure_for)
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
@@ -348,10 +348,15 @@ def test_a_run_that_resumes_with_other_samples_warns(task, tmp_path, caplog):
     run_recipe(load_recipe(recipe, _overrides(task, tmp_path, *more, "schedule.max_steps=2")))
     run_recipe(load_recipe(recipe, _overrides(task, tmp_path, *more, "schedule.max_steps=3")), resume=True)
     assert "reads other samples" not in caplog.text
-    run_recipe(
-        load_recipe(recipe, _overrides(task, tmp_path, *more, "schedule.max_steps=4", "batch.window=2")), resume=True
-    )
+    changed = [*more, "batch.window=2"]
+    run_recipe(load_recipe(recipe, _overrides(task, tmp_path, *changed, "schedule.max_steps=4")), resume=True)
     assert "This run reads other samples, or in another order, than the one that wrote" in caplog.text
+    # A checkpoint says under which plan it was written.
+    caplog.clear()
+    run_recipe(load_recipe(recipe, _overrides(task, tmp_path, *changed, "schedule.max_steps=5")), resume=True)
+    assert "reads other samples" not in caplog.text
+    run_recipe(load_recipe(recipe, _overrides(task, tmp_path, *more, "schedule.max_steps=6")), resume=True)
+    assert "reads other samples" in caplog.text
 
 
 def test_the_last_update_is_logged(task, tmp_path):
@@ -362,6 +367,10 @@ def test_the_last_update_is_logged(task, tmp_path):
     assert [step for step, _ in logged] == [1, 3]
     assert record["final_train_loss"] == logged[-1][1]
     assert record["mean_train_loss"] == pytest.approx((logged[0][1] + 2 * logged[1][1]) / 3)
+    # A checkpoint's too, so that what a run that resumes logs next begins there.
+    run_recipe(load_recipe(RECIPES / "stage2.yaml", _overrides(task, tmp_path, *more, "output.save_every=2")))
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
 
 
 def test_a_streamed_run(task, tmp_path):
@@ -369,6 +378,8 @@ def test_a_streamed_run(task, tmp_path):
     record = run_recipe(load_recipe(RECIPES / "stage2.yaml", _overrides(task, tmp_path, *more)))
     assert record["num_updates"] == 3
     assert record["num_train_samples"] is None
+    assert record["num_epochs"] is None
+    assert "\n| epochs |" not in (tmp_path / "README.md").read_text()
     assert record["eval"] == {}
 
 
@@ -403,6 +414,12 @@ def test_measuring_alone(task, tmp_path, capsys):
     assert cli.main(arguments) == 0
     assert "measured 10 samples" in capsys.readouterr().out
     assert len(list((tmp_path / "length_index").glob("lengths-*.npy"))) == 1
+    # Eight processes take eight rows an update at least, however few samples are asked for.
+    more = ("schedule.max_steps=1", "batch.samples_per_update=1", "batch.gradient_accumulation_steps=null")
+    for processes, printed in (((), "measured 2 samples"), (("8",), "measured 10 samples")):
+        arguments = ["train", "stage2", *_overrides(task, tmp_path, *more), "--measure-only", *processes]
+        assert cli.main(arguments) == 0
+        assert printed in capsys.readouterr().out
     assert not (tmp_path / "model.safetensors").exists()
 
 

@@ -211,6 +211,17 @@ def test_loaded_and_streamed_datasets(tiny, tmp_path, clip, monkeypatch):
         assert [answer(sample, tiny) for sample in part] == [str(rank + 1)]
 
 
+def test_small_files_are_shared_out_together(tiny, tmp_path):
+    """Of files with fewer rows than processes, each alone would leave the same ones without any."""
+    paths = [write_lines(tmp_path / f"{i}.jsonl", [qa(str(3 * i + j)) for j in range(3)]) for i in range(4)]
+    seen = [
+        [answer(sample, tiny) for sample in StreamingTrainingDataset(paths, tiny, rank=rank, world_size=6)]
+        for rank in range(6)
+    ]
+    assert [len(own) for own in seen] == [2] * 6
+    assert sorted(int(text) for own in seen for text in own) == list(range(12))
+
+
 def test_several_sources_are_streamed_one_after_the_other(tiny, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

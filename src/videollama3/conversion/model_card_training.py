@@ -109,6 +109,9 @@ def read_training(folder: Path) -> TrainingFacts | None:
     if record is None and state is None and adapter is None:
         return None
     facts = {**_from_state(state or {}), **_from_record(record or {}, folder / RECORD_FILE)}
+    if record is not None and record.get("num_epochs", 0) is None:
+        # Of a stream the Trainer says 1, however much of it was read.
+        facts.pop("num_epochs", None)
     if adapter is not None:
         facts.setdefault("base_model", adapter.get("base_model_name_or_path"))
     return TrainingFacts(adapter=adapter is not None, **facts)

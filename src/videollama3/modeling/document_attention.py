@@ -91,7 +91,7 @@ def _begins(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> 
 
 
 def mask_of_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of all pairs that says the same as `read_documents`, and can be made inside a compiled graph.
+    """A mask of all pairs that keeps documents apart, for compiled graphs: they begin where positions restart.
 
     Args:
         position_ids: int64 (B or 1, L).
@@ -101,10 +101,13 @@ def mask_of_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor, 
     Returns:
         (B, 1, L, L), 0 where a token (row) sees another (column), else the lowest number of `dtype`.
     """
-    document = _begins(position_ids, attention_mask).cumsum(dim=-1)
-    length = document.shape[-1]
-    order = torch.arange(length, device=document.device)
-    sees = (document[:, :, None] == document[:, None, :]) & (order[:, None] >= order[None, :])
+    is_token = attention_mask.to(device=position_ids.device, dtype=torch.bool)
+    restarts = (position_ids.diff(dim=-1) <= 0) & is_token[:, 1:] & is_token[:, :-1]
+    document = nn.functional.pad(restarts.cumsum(dim=-1), (1, 0))
+    order = torch.arange(document.shape[-1], device=document.device)
+    sees = (document[:, :, None] == document[:, None, :]) & (order[:, None] > order[None, :]) & is_token[:, None, :]
+    # Itself too, so that padding sees something.
+    sees = sees | (order[:, None] == order[None, :])
     return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
 
 

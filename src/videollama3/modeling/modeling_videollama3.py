@@ -36,6 +36,10 @@ MEDIA_INPUTS = (
 )
 
 
+# In place of what positions say at padding: followed by no document's first position, and larger than none.
+_POSITION_OF_PADDING = -5
+
+
 @dataclasses.dataclass
 class VideoLlama3ModelOutputWithPast(ModelOutput):
     """Output of `VideoLlama3Model`.
@@ -269,6 +273,11 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             # transformers keeps documents apart only where there is neither a mask nor a cache.
             mask, kwargs = self._documents(inputs_embeds, position_ids, attention_mask, kwargs)
             use_cache = False
+            if mask is None and attention_mask is not None:
+                # It goes by positions alone then, by how they go on or by where they are 0.
+                fill = 0 if "flash" in self.config.text_config._attn_implementation else _POSITION_OF_PADDING
+                is_token = attention_mask.to(position_ids.device, torch.bool)
+                position_ids = torch.where(is_token, position_ids, fill)
         elif torch.compiler.is_compiling() and past_key_values is None and position_ids is not None:
             # Inside a graph nobody can look whether positions restart: transformers' mask follows them where there is
             # neither a mask nor a cache.
@@ -325,6 +334,11 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             if kwargs.get("cu_seq_lens_q") is not None:
                 # The kernel goes by the bounds, and reads no mask.
                 return dict.fromkeys(config.layer_types), kwargs
+        if attention_mask is not None and has_holes(attention_mask):
+            raise ValueError(
+                "Expected padding only before and after the documents of a row, got some between tokens: drop it, "
+                "positions that restart keep documents apart."
+            )
         if not attends_by_document(self.language_model, device=inputs_embeds.device, **kwargs):
             return None, kwargs
         return {"full_attention": read_documents(position_ids, attention_mask, num_rows)}, kwargs
@@ -400,6 +414,13 @@ def holds_documents(position_ids: torch.Tensor | None, attention_mask: torch.Ten
         return False
     is_token = attention_mask[:, -length:].to(device=restarts.device, dtype=torch.bool)
     return bool((restarts & is_token[:, 1:] & is_token[:, :-1]).any())
+
+
+def has_holes(attention_mask: torch.Tensor) -> bool:
+    """Whether a row of a mask (batch, sequence) has padding between its tokens."""
+    is_token = attention_mask.to(torch.bool)
+    begins = is_token[:, 1:] & ~is_token[:, :-1]
+    return bool((begins.sum(dim=1) + is_token[:, 0] > 1).any())
 
 
 def _check_counts(where: torch.Tensor, features: torch.Tensor, *, name: str, token_id: int) -> None:
@@ -584,8 +605,13 @@ class VideoLlama3ForCausalLM(VideoLlama3PreTrainedModel, GenerationMixin):
         """
         # Chunked prefill of older transformers and assistants announce no first iteration: without this, the
         # media would be dropped and placeholders read as text. (A static cache has its length on the device: it is
-        # read where there are media only, and once.)
-        if not is_first_iteration and past_key_values is not None and any(name in kwargs for name in MEDIA_INPUTS):
+        # not read at the steps of decoding.)
+        is_step = next_sequence_length == 1 and input_ids.shape[1] > 1
+        if (
+            not (is_first_iteration or is_step)
+            and past_key_values is not None
+            and any(name in kwargs for name in MEDIA_INPUTS)
+        ):
             is_first_iteration = bool(past_key_values.get_seq_length() == 0)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,

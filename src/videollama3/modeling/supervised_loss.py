@@ -69,7 +69,9 @@ def _num_chunks(num_positions: int, lm_head: nn.Module, device: torch.device) ->
     count = max(1, math.ceil(num_positions / POSITIONS_PER_CHUNK))
     if torch.distributed.is_available() and torch.distributed.is_initialized() and gathers_weights(lm_head):
         most = torch.tensor(count, device=device)
-        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        mesh = getattr(next(lm_head.parameters()), "device_mesh", None)
+        for group in [None] if mesh is None else mesh.get_all_groups():
+            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
         count = int(most)
     return count
 

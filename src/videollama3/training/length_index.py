@@ -57,7 +57,6 @@ def sample_lengths(
         rows: int64, ascending: numbers of the rows that are read; the others get zeros, and so are in no pack. None
             reads all.
         retry_skipped: whether rows that an earlier run had to skip are read again, as their media may be there now.
-            Of several processes one does so first, so that all have the same lengths.
         num_workers: processes that read samples; 0 reads here.
         progress: called with samples measured and their number.
 
@@ -81,6 +80,26 @@ def sample_lengths(
     lengths: Lengths = np.zeros_like(known)
     lengths[wanted] = known[wanted].clip(min=0)
     return lengths
+
+
+def shared_lengths(dataset: Any, arguments: Any, **options: Any) -> Lengths:
+    """`sample_lengths`, measured by one process and the same on all: what is skipped may be there a moment later.
+
+    Args:
+        dataset: as for `sample_lengths`.
+        arguments: `TrainingArguments`, which know the other processes.
+        options: as for `sample_lengths`.
+    """
+    if arguments.world_size == 1:
+        return sample_lengths(dataset, **options)
+    lengths = None
+    with arguments.main_process_first(local=False, desc="lengths of samples"):
+        if arguments.process_index == 0:
+            lengths = sample_lengths(dataset, **options)
+    told = [lengths]
+    torch.distributed.broadcast_object_list(told, src=0, device=arguments.device)
+    assert told[0] is not None
+    return told[0]
 
 
 def _load(path: Path, num_rows: int) -> Lengths:

@@ -449,8 +449,7 @@ def training_arguments(recipe: Recipe, *, gradient_accumulation_steps: int, tens
         # The collator lets every module run in every step.
         "ddp_find_unused_parameters": False,
     }
-    arguments = TrainingArguments(**{**options, **changes})
-    if schedule.precision == "fp32":
+    if schedule.precision == "fp32" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         # Else `accelerate launch` decides by its own configuration.
-        arguments.mixed_precision = "no"
-    return arguments
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    return TrainingArguments(**{**options, **changes})

@@ -220,16 +220,23 @@ def num_parts(source: Any, *, split: str = "train", rank: int, world_size: int) 
 
 def _streams(source: Any, split: str) -> Iterator[Any]:
     """One after the other: `Rows` of JSON files and loaded tables, and iterables of `datasets`."""
-    items = (
-        source if isinstance(source, (list, tuple)) and source and isinstance(source[0], (str, os.PathLike)) else None
-    )
-    for item in [source] if items is None else items:
-        if isinstance(item, (str, os.PathLike)) and not os.fspath(item).endswith(_JSON_SUFFIXES):
+    several = isinstance(source, (list, tuple)) and bool(source) and isinstance(source[0], (str, os.PathLike))
+    # Files that follow each other are shared out as one: each alone may have fewer rows than there are workers.
+    files: list[Any] = []
+    for item in source if several else [source]:
+        is_path = isinstance(item, (str, os.PathLike))
+        if is_path and os.fspath(item).endswith(_JSON_SUFFIXES):
+            files.append(item)
+            continue
+        if files:
+            yield open_rows(files, split=split)
+            files = []
+        if is_path:
             yield _load_dataset(os.fspath(item), split, streaming=True)
-        elif isinstance(item, (str, os.PathLike)) or _has_numbers(item):
-            yield open_rows(item, split=split)
         else:
-            yield item
+            yield open_rows(item, split=split) if _has_numbers(item) else item
+    if files:
+        yield open_rows(files, split=split)
 
 
 def _own_numbers(count: int, rank: int, world_size: int) -> Iterable[int]:

@@ -10,6 +10,8 @@ import argparse
 import os
 from typing import Any
 
+from ..terminal import positive_int
+
 
 def add_parser(commands: Any) -> None:
     """Adds the sub-command's parser."""
@@ -33,7 +35,12 @@ def add_parser(commands: Any) -> None:
         help="go on from a checkpoint folder, by default the last one in the output folder",
     )
     parser.add_argument(
-        "--measure-only", action="store_true", help="measure the samples that will be trained on, keep that, and stop"
+        "--measure-only",
+        nargs="?",
+        type=positive_int,
+        const=1,
+        metavar="PROCESSES",
+        help="measure the samples that a run of so many processes (default 1) will read, keep that, and stop",
     )
     parser.set_defaults(run=run)
 
@@ -47,11 +54,11 @@ def run(options: argparse.Namespace) -> None:
     quiet_progress_bars()
     recipe = load_recipe(options.recipe, options.overrides)
     with progress_bar("measuring samples", unit="sample") as progress:
-        record = run_recipe(recipe, resume=options.resume, measure_only=options.measure_only, progress=progress)
+        record = run_recipe(recipe, resume=options.resume, measure_for=options.measure_only, progress=progress)
     # One process of several speaks.
     if os.environ.get("RANK", "0") != "0":
         return
-    if options.measure_only:
+    if options.measure_only is not None:
         print(f"measured {record['num_train_samples']} samples; their lengths are in {recipe.output.folder}")
         return
     held_out = f", loss on held-out data {record['eval']['eval_loss']:.4f}" if record["eval"] else ""

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling.torch_varlen import TORCH_VARLEN
 from .collator import IGNORE_INDEX, PackingCollator
-from .length_index import Progress, measure_sample, sample_lengths
+from .length_index import Progress, measure_sample, shared_lengths
 from .muon import MuonWithAdamW, is_muon_parameter
 from .packing import WINDOW, Lengths, OnlinePacking, PackedBatchSampler, PackedSamples, sample_name
 
@@ -136,12 +136,6 @@ class VideoLlama3Trainer(Trainer):
                 f"Expected per_device_train_batch_size=1 (a packed row is a batch), got "
                 f"{args.per_device_train_batch_size}: raise gradient_accumulation_steps or max_length instead."
             )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"Expected one GPU for each process, got one that sees {args.n_gpu}, among which Trainer would "
-                "divide the patches of a row: start it with `accelerate launch --multi_gpu`, or let it see one "
-                "(CUDA_VISIBLE_DEVICES=0)."
-            )
         freeze(model, rates)
         self.rates, self.limits, self.window, self.buffer_size = rates, limits, window, buffer_size
         self.use_muon = use_muon
@@ -151,6 +145,7 @@ class VideoLlama3Trainer(Trainer):
             if lengths is not None:
                 self._lengths[id(dataset)] = lengths
         self.train_sampler: PackedBatchSampler | None = None
+        self._planned: PackedBatchSampler | None = None
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
@@ -162,6 +157,13 @@ class VideoLlama3Trainer(Trainer):
             processing_class=processor,
             callbacks=[*(callbacks or []), _Epochs(self), _LastLoss()],
         )
+        # A model that is split over GPUs counts as on one.
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"Expected one GPU for each process, got one that sees {self.args.n_gpu}, among which Trainer would "
+                "divide the patches of a row: start it with `accelerate launch --multi_gpu`, or let it see one "
+                "(CUDA_VISIBLE_DEVICES=0)."
+            )
         attention = str(model.config.text_config._attn_implementation)
         self.data_collator = PackingCollator.for_processor(
             processor,
@@ -196,8 +198,7 @@ class VideoLlama3Trainer(Trainer):
             )
             max_workers = getattr(self.train_dataset, "max_workers", lambda: None)()
             return self._loader(stream, batch_size=None, max_workers=max_workers)
-        if self.train_sampler is None:
-            self.train_sampler = self._plan(self.train_dataset)
+        self.train_sampler, self._planned = self._planned or self._plan(self.train_dataset), None
         samples = PackedSamples(self.train_dataset, self._lengths_of(self.train_dataset))
         return self._loader(samples, batch_sampler=self.train_sampler)
 
@@ -211,9 +212,8 @@ class VideoLlama3Trainer(Trainer):
 
     def plan_digest(self) -> str:
         """Changes when a run would read other samples, or in another order."""
-        if self.train_sampler is None:
-            self.train_sampler = self._plan(self.train_dataset)
-        sampler = self.train_sampler
+        # Kept for the run that follows: planning a large set takes a while.
+        sampler = self._planned = self._plan(self.train_dataset)
         state = [sampler.limits, sampler.seed, sampler.window, sampler.packs_per_update, sampler.num_packs]
         return hashlib.sha256(repr(state).encode() + sampler.lengths.tobytes()).hexdigest()
 
@@ -262,14 +262,13 @@ class VideoLlama3Trainer(Trainer):
 
     def _lengths_of(self, dataset: Any) -> Lengths:
         if id(dataset) not in self._lengths:
-            with self.args.main_process_first(local=False, desc="lengths of samples"):
-                self._lengths[id(dataset)] = sample_lengths(
-                    dataset,
-                    folder=self.length_folder,
-                    retry_skipped=self.args.process_index == 0,
-                    num_workers=self.args.dataloader_num_workers,
-                    progress=self.progress,
-                )
+            self._lengths[id(dataset)] = shared_lengths(
+                dataset,
+                self.args,
+                folder=self.length_folder,
+                num_workers=self.args.dataloader_num_workers,
+                progress=self.progress,
+            )
         return self._lengths[id(dataset)]
 
     # ------------------------------------------------------------------ steps
@@ -398,8 +397,8 @@ class _Epochs(TrainerCallback):
 
 
 class _LastLoss(TrainerCallback):
-    """Logs the last update's loss too, whatever `logging_steps` says."""
+    """Logs the last update's loss too, and that of a checkpoint: a run that resumes goes on from there."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or control.should_save:
             control.should_log = True

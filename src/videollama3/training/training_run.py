@@ -26,7 +26,7 @@ from ..modeling.modeling_videollama3 import VideoLlama3ForCausalLM
 from ..modeling.vision_encoder_videollama3 import VideoLlama3VisionModel
 from ..processing.processing_videollama3 import VideoLlama3Processor
 from .adapters import add_adapter, four_bit_config, merge_adapter
-from .length_index import Numbers, Progress, rows_for, sample_lengths
+from .length_index import Numbers, Progress, rows_for, shared_lengths
 from .packing import TOKENS, Lengths, PackedBatchSampler
 from .recipe import MUON, Recipe, training_arguments
 from .trainer import ModuleRates, RowLimits, VideoLlama3Trainer
@@ -34,26 +34,26 @@ from .trainer import ModuleRates, RowLimits, VideoLlama3Trainer
 RECORD_NAME = "training_record.json"
 # Rows that are read beyond what `max_steps` asks for, as a share of that: updates do not have equally many samples.
 _SPARE_ROWS = 0.2
-# In the output folder: a digest of the samples of all updates in their order.
+# In every checkpoint: a digest of the samples of all updates in their order.
 _PLAN_NAME = "sample_order.sha256"
 
 logger = logging.getLogger(__name__)
 
 
 def run_recipe(
-    recipe: Recipe, *, resume: str | bool = False, measure_only: bool = False, progress: Progress | None = None
+    recipe: Recipe, *, resume: str | bool = False, measure_for: int | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Trains as a recipe says.
 
     Args:
         recipe: a checked recipe.
         resume: a checkpoint folder, or True for the last one in the output folder.
-        measure_only: measure the lengths of all samples and stop: worth doing with one process and no accelerator
-            before a large run.
+        measure_for: measure the lengths of the samples that a run of so many processes reads, and stop: worth doing
+            with one process and no accelerator before a large run.
         progress: called while lengths are measured.
 
     Returns:
-        The record that is also written to `training_record.json`; with `measure_only`, the number of samples.
+        The record that is also written to `training_record.json`; with `measure_for`, the number of samples.
 
     Raises:
         ValueError: when there is nothing to resume from; for data or settings that do not fit.
@@ -65,10 +65,13 @@ def run_recipe(
     train, held_out = _datasets(recipe, processor)
     # Made before anything else: it tells how many processes there are.
     arguments = training_arguments(recipe, gradient_accumulation_steps=1, tensorboard=_installed("tensorboard"))
-    lengths, rows = (None, None) if recipe.data.streaming else _lengths(recipe, train, arguments, progress)
+    lengths, rows = None, None
+    if not recipe.data.streaming:
+        world_size = measure_for or arguments.world_size
+        lengths, rows = _lengths(recipe, train, arguments, progress, world_size=world_size)
     # Before training, too: a bad row of the held-out set is found before hours of work.
     held_out_lengths = None if held_out is None else _measure(recipe, held_out, arguments, progress, None)
-    if measure_only:
+    if measure_for is not None:
         return {"num_train_samples": 0 if lengths is None else int((lengths[:, TOKENS] > 0).sum())}
     arguments.gradient_accumulation_steps = accumulation_steps(
         recipe, lengths, world_size=arguments.world_size, name=getattr(train, "name", str)
@@ -90,7 +93,9 @@ def run_recipe(
         progress=progress,
     )
     if lengths is not None:
-        _compare_plan(trainer, checkpoint)
+        plan = _PlanInCheckpoints(trainer.plan_digest())
+        plan.compare(checkpoint)
+        trainer.add_callback(plan)
     trainer.train(resume_from_checkpoint=checkpoint)
     _save_final(recipe, trainer)
     evaluation = trainer.evaluate() if held_out is not None else {}
@@ -191,69 +196,84 @@ def _datasets(recipe: Recipe, processor: Any) -> tuple[Any, Any]:
 
 
 def _lengths(
-    recipe: Recipe, dataset: Any, arguments: Any, progress: Progress | None
+    recipe: Recipe, dataset: Any, arguments: Any, progress: Progress | None, *, world_size: int
 ) -> tuple[Lengths, Numbers | None]:
-    """Lengths of the rows that a run can come to, and the numbers of these; None for all."""
-    max_steps, world_size = recipe.schedule.max_steps, arguments.world_size
+    """Lengths of the rows that a run of so many processes can come to, and the numbers of these; None for all."""
+    max_steps = recipe.schedule.max_steps
     if max_steps is None or recipe.batch.gradient_accumulation_steps is not None:
         return _measure(recipe, dataset, arguments, progress, None), None
     wanted = math.ceil(max_steps * recipe.batch.samples_per_update * (1 + _SPARE_ROWS))
+    first = True
     while True:
         rows = rows_for(len(dataset), wanted, seed=recipe.schedule.seed)
-        lengths = _measure(recipe, dataset, arguments, progress, rows)
+        lengths = _measure(recipe, dataset, arguments, progress, rows, retry_skipped=first)
+        first = False
         if rows is None:
             return lengths, None
         num_samples = int((lengths[:, TOKENS] > 0).sum())
         if num_samples:
             steps = accumulation_steps(recipe, lengths, world_size=world_size, name=dataset.name)
-            sampler = _sampler(recipe, lengths, packs_per_update=steps * world_size, name=dataset.name)
-            share = max_steps * steps * world_size / sampler.num_packs
+            # Packs as they are: for an update they would be divided, or filled up, to a multiple of its own.
+            num_packs = _sampler(recipe, lengths, name=dataset.name).num_packs
+            share = max_steps * steps * world_size / num_packs
             if share <= 1:
                 return lengths, rows
         # An update has more samples than asked for (it has whole rows, for each process), or many were skipped.
         wanted = math.ceil(len(rows) * (share if num_samples else 2) * (1 + _SPARE_ROWS))
 
 
-def _measure(recipe: Recipe, dataset: Any, arguments: Any, progress: Progress | None, rows: Numbers | None) -> Lengths:
-    with arguments.main_process_first(local=False, desc="lengths of samples"):
-        return sample_lengths(
-            dataset,
-            folder=_length_folder(recipe),
-            rows=rows,
-            retry_skipped=arguments.process_index == 0,
-            num_workers=recipe.data.workers,
-            progress=progress,
-        )
+def _measure(
+    recipe: Recipe,
+    dataset: Any,
+    arguments: Any,
+    progress: Progress | None,
+    rows: Numbers | None,
+    *,
+    retry_skipped: bool = True,
+) -> Lengths:
+    return shared_lengths(
+        dataset,
+        arguments,
+        folder=_length_folder(recipe),
+        rows=rows,
+        retry_skipped=retry_skipped,
+        num_workers=recipe.data.workers,
+        progress=progress,
+    )
 
 
-def _sampler(
-    recipe: Recipe, lengths: Lengths, *, packs_per_update: int = 1, name: Callable[[int], str] = str
-) -> PackedBatchSampler:
+def _sampler(recipe: Recipe, lengths: Lengths, *, name: Callable[[int], str]) -> PackedBatchSampler:
     return PackedBatchSampler(
         lengths,
         **dataclasses.asdict(row_limits(recipe)),
         seed=recipe.schedule.seed,
         window=recipe.batch.window,
-        packs_per_update=packs_per_update,
         name=name,
     )
 
 
-def _compare_plan(trainer: VideoLlama3Trainer, checkpoint: str | None) -> None:
-    """Keeps which samples come in which order; warns where a run that resumes would read others."""
-    digest = trainer.plan_digest()
-    if checkpoint is None:
-        if trainer.args.should_save:
-            os.makedirs(trainer.args.output_dir, exist_ok=True)
-            (Path(trainer.args.output_dir) / _PLAN_NAME).write_text(digest + "\n", encoding="utf-8")
-        return
-    kept = Path(checkpoint).parent / _PLAN_NAME
-    if trainer.args.should_save and kept.is_file() and kept.read_text(encoding="utf-8").strip() != digest:
-        logger.warning(
-            "This run reads other samples, or in another order, than the one that wrote %s (another max_steps, other "
-            "data, limits or number of processes): some samples will be seen twice, others not in this epoch.",
-            checkpoint,
-        )
+class _PlanInCheckpoints(transformers.TrainerCallback):
+    """Puts which samples come in which order into every checkpoint; warns where a run that resumes reads others."""
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+
+    def compare(self, checkpoint: str | None) -> None:
+        """With what the run had that wrote a checkpoint."""
+        kept = None if checkpoint is None else Path(checkpoint) / _PLAN_NAME
+        if kept is not None and kept.is_file() and kept.read_text(encoding="utf-8").strip() != self.digest:
+            logger.warning(
+                "This run reads other samples, or in another order, than the one that wrote %s (another max_steps, "
+                "other data, limits or number of processes): some samples will be seen twice, others not in this "
+                "epoch.",
+                checkpoint,
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Of transformers' Trainer, after a checkpoint was written."""
+        if args.should_save:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / _PLAN_NAME).write_text(self.digest + "\n", encoding="utf-8")
 
 
 def _length_folder(recipe: Recipe) -> str:
@@ -336,6 +356,9 @@ def _record(
         }
         # The Trainer counts passes over what was read.
         epochs = None if epochs is None else epochs * read / len(lengths)
+    else:
+        # Of a stream it says 1, however much of it was read.
+        epochs = None
     return {
         "base_model": recipe.model.path,
         "recipe": flat_settings(recipe),
