@@ -10,6 +10,7 @@ processes. Scenes come from `scenes.py`, words from `questions.py`.
     FOLDER/motions.jsonl: of those clips the ones of one shape once more, asked which way it moves, where it is when
         and what is there; those of shapes that stand or move little twice
     FOLDER/directions.jsonl: the former alone, of shapes that stand or move little above all
+    FOLDER/singles.jsonl: those of one shape once more, asked which way it moves, what it is and how many there are
     FOLDER/each.jsonl: those of several shapes once more, with one kind of question on each of them
     FOLDER/events.jsonl: those in which something appears or vanishes once more, asked what came first, and when
     FOLDER/streams.jsonl: clips in which something happens, with a request to tell when
@@ -59,7 +60,7 @@ SHARE_OF_STREAMS_WITH_MORE = 0.75
 SMALL_MOTION = 0.2
 LARGE_MOTION = 0.3
 CAPTIONS, PICTURES, CLIPS, STREAMS, REVIEW, HELDOUT_PICTURES, HELDOUT_CLIPS = range(7)
-MOTIONS, DIRECTIONS, PRESENCES, EVENTS, EACH = range(7, 12)
+MOTIONS, DIRECTIONS, PRESENCES, EVENTS, EACH, SINGLES = range(7, 13)
 _FOLDERS = ("captions", "pictures", "clips", "streams", "review", "heldout_pictures", "heldout_clips")
 
 
@@ -172,6 +173,21 @@ def make_direction(number: int, *, seed: int) -> list[Row]:
     name = f"{_FOLDERS[CLIPS]}/{number:06d}.mp4"
     turns = [ask(rng, scene, "direction") for _ in range(2 if direction == "none" and number % 2 else 1)]
     return [_row(rng, name, "video", [turn], SHARE_WITH_SYSTEM_PROMPT_LATE) for turn in turns if turn is not None]
+
+
+def make_single(number: int, *, seed: int) -> list[Row]:
+    """A row on a clip that `make_clip` writes, if it shows one shape: its motion, kind, colour and number.
+
+    For what is learnt last: rows on several shapes make these slip.
+    """
+    scene = random_clip(rng_of(seed, CLIPS, number))
+    if len(scene.shapes) != 1:
+        return []
+    rng = rng_of(seed, SINGLES, number)
+    kinds = rng.permutation(["direction", "count", "shape", "color"])
+    turns = [turn for kind in kinds if (turn := ask(rng, scene, str(kind))) is not None]
+    name = f"{_FOLDERS[CLIPS]}/{number:06d}.mp4"
+    return [_row(rng, name, "video", turns, SHARE_WITH_SYSTEM_PROMPT_MOTIONS)]
 
 
 def make_each(number: int, *, seed: int) -> list[Row]:
@@ -289,6 +305,7 @@ def make_data(folder: Path, *, counts: Counts, seed: int = 0, processes: int = 2
         "clips": (functools.partial(make_clip, part=CLIPS, **shared), counts.clips),
         "motions": (functools.partial(make_motion, seed=seed), counts.clips),
         "directions": (functools.partial(make_direction, seed=seed), counts.clips),
+        "singles": (functools.partial(make_single, seed=seed), counts.clips),
         "each": (functools.partial(make_each, seed=seed), counts.clips),
         "events": (functools.partial(make_event, seed=seed), counts.clips),
         "streams": (functools.partial(make_stream, **shared), counts.streams),

@@ -15,6 +15,7 @@ from demonstrator.make_data import (
     make_motion,
     make_picture,
     make_presence,
+    make_single,
     make_stream,
     rng_of,
     stream_scene,
@@ -36,6 +37,7 @@ def test_rows_are_what_training_reads(tmp_path):
         "clips": 1,
         "motions": 1,
         "directions": 1,
+        "singles": 1,
         "each": 0,
         "events": 0,
         "streams": 1,
@@ -100,6 +102,18 @@ def test_no_answer_about_what_is_there_can_be_copied_from_one_before_it():
             assert len(set(told)) == len(told)
             answers += said
     assert 0.4 < np.mean([text == "Yes." for text in answers if text in ("Yes.", "No.")]) < 0.6
+
+
+def test_a_single_shape_is_asked_about_in_all_four_ways():
+    answers = []
+    for number in range(40):
+        scene = random_clip(rng_of(0, CLIPS, number))
+        rows = make_single(number, seed=0)
+        assert len(rows) == (len(scene.shapes) == 1)
+        answers += [[said["value"] for said in row["conversations"] if said["from"] == "gpt"] for row in rows]
+    assert all("There is one (1) shape." in said for said in answers)
+    assert all(any(text.startswith("It is a ") for text in said) for said in answers)
+    assert np.mean([any("move" in text for text in said) for said in answers]) > 0.9
 
 
 def test_each_of_several_shapes_is_asked_about():

@@ -243,9 +243,13 @@ def test_each_obstacle_is_named(monkeypatch, device, dtype, options, obstacle):
     monkeypatch.setattr(module, "_varlen_attn", _kernel_2_13)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     with pytest.raises(ValueError, match=re.escape(obstacle)):
         check_varlen(torch.device(device), dtype, **options)
     check_varlen(torch.device("cuda"), torch.bfloat16, head_dim=72)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    with pytest.raises(ValueError, match=re.escape("got a build of torch without flash kernels")):
+        check_varlen(torch.device("cuda"), torch.bfloat16, head_dim=72)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(ValueError, match=re.escape("got compute capability (7, 5)")):
         check_varlen(torch.device("cuda"), torch.bfloat16, head_dim=72)
