@@ -23,6 +23,8 @@ ENCODER_ON_DISK = {
 }
 
 
+# Of older transformers, where the first weights are on disk.
+@pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on a device:UserWarning")
 @pytest.mark.parametrize(
     "device_map",
     ["auto", {"": "cpu"}, PARTLY_ON_DISK, ENCODER_ON_DISK],
