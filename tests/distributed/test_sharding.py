@@ -129,9 +129,6 @@ class TestFullySharded:
             assert second["losses"][step] == pytest.approx([b], rel=1e-3)
         assert expected["losses"][-1][0] < expected["losses"][0][0] - 0.1
         for key, weight in expected["weights"].items():
-            if key.endswith("k_proj.bias"):
-                # Adds the same to all scores of a query: its gradient is rounding, which AdamW makes steps of.
-                continue
             torch.testing.assert_close(first["weights"][key], weight, atol=5e-4, rtol=0, msg=key)
 
     def test_clips_of_other_lengths_are_evaluated_without_waiting_for_ever(self, name, two, one):
