@@ -94,8 +94,8 @@ def train(model, processor, folder, *, rank, size):
     supervised_loss.POSITIONS_PER_CHUNK = 4
     numbers = (0, 1) if size == 1 else (rank,)
     mine = [(request(processor, folder, number), 20 - 11 * number) for number in numbers]
-    # Not AdamW, which makes whole steps of gradients that are rounding.
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    # Not AdamW, which makes whole steps of gradients that are rounding; small steps, as weights this large enlarge it.
+    optimizer = torch.optim.SGD(model.parameters(), lr=2e-5)
     model.train()
     losses = []
     for _ in range(3):

@@ -1,12 +1,15 @@
 """docs/finetuning.md: its snippet runs as it is, and its list of keys is the recipe's."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from videollama3 import VideoLlama3Processor
 from videollama3.training.recipe import recipe_from_dict
+from videollama3.training.training_dataset import TrainingDataset
 
 from .tiny_task import write_checkpoint, write_rows
 
@@ -26,6 +29,16 @@ def test_the_snippet_trains(tmp_path, monkeypatch):
     start = names["VideoLlama3ForCausalLM"].from_pretrained(model_path, dtype="float32")
     moved = [not parameter.equal(start.get_parameter(name)) for name, parameter in names["model"].named_parameters()]
     assert any(moved)
+
+
+def test_both_forms_of_a_row_say_the_same(tmp_path):
+    (block,) = re.findall(r"```jsonl\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
+    write_rows(tmp_path)
+    processor = VideoLlama3Processor.from_pretrained(write_checkpoint(tmp_path / "start"))
+    rows = [json.loads(line) for line in block.splitlines()]
+    authors, messages = TrainingDataset(rows, processor, media_root=tmp_path)
+    assert authors["input_ids"].tolist() == messages["input_ids"].tolist()
+    assert authors["labels"].tolist() == messages["labels"].tolist()
 
 
 def test_every_key_is_listed():

@@ -92,11 +92,8 @@ def shared_lengths(dataset: Any, arguments: Any, **options: Any) -> Lengths:
     """
     if arguments.world_size == 1:
         return sample_lengths(dataset, **options)
-    lengths = None
-    with arguments.main_process_first(local=False, desc="lengths of samples"):
-        if arguments.process_index == 0:
-            lengths = sample_lengths(dataset, **options)
-    told = [lengths]
+    # The others wait here.
+    told = [sample_lengths(dataset, **options) if arguments.process_index == 0 else None]
     torch.distributed.broadcast_object_list(told, src=0, device=arguments.device)
     assert told[0] is not None
     return told[0]

@@ -22,6 +22,24 @@ from .packing import WINDOW
 
 # The one optimizer that transformers does not name.
 MUON = "muon"
+# Smallest values that make sense, by section; larger than 0 is said by a number that is nearly that.
+_AT_LEAST: dict[str, dict[str, float]] = {
+    "model": {"image_merge_size": 1, "video_merge_size": 1, "unpruned_share": 0},
+    "data": {"fps": 1e-9, "max_frames": 1, "max_visual_tokens": 1, "max_length": 1, "workers": 0},
+    "rates": {"encoder": 0, "projector": 0, "llm": 0},
+    "batch": {
+        "samples_per_update": 1,
+        "gradient_accumulation_steps": 1,
+        "max_patches": 1,
+        "max_visual_tokens": 1,
+        "window": 1,
+        "buffer_size": 1,
+    },
+    "schedule": {"epochs": 1e-9, "max_steps": 1, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0},
+    "output": {"log_every": 1, "save_every": 1, "keep": 1, "eval_every": 1},
+    "adapter": {"rank": 1, "alpha": 1, "dropout": 0},
+}
+_AT_MOST = {("model", "unpruned_share"): 1, ("adapter", "dropout"): 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,26 +291,6 @@ def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
     _check_ranges(recipe)
     _check_adapter(recipe)
     return recipe
-
-
-# Smallest values that make sense, by section; larger than 0 is said by a number that is nearly that.
-_AT_LEAST: dict[str, dict[str, float]] = {
-    "model": {"image_merge_size": 1, "video_merge_size": 1, "unpruned_share": 0},
-    "data": {"fps": 1e-9, "max_frames": 1, "max_visual_tokens": 1, "max_length": 1, "workers": 0},
-    "rates": {"encoder": 0, "projector": 0, "llm": 0},
-    "batch": {
-        "samples_per_update": 1,
-        "gradient_accumulation_steps": 1,
-        "max_patches": 1,
-        "max_visual_tokens": 1,
-        "window": 1,
-        "buffer_size": 1,
-    },
-    "schedule": {"epochs": 1e-9, "max_steps": 1, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0},
-    "output": {"log_every": 1, "save_every": 1, "keep": 1, "eval_every": 1},
-    "adapter": {"rank": 1, "alpha": 1, "dropout": 0},
-}
-_AT_MOST = {("model", "unpruned_share"): 1, ("adapter", "dropout"): 1}
 
 
 def _check_ranges(recipe: Recipe) -> None:
