@@ -74,8 +74,11 @@ class DataRecipe:
     """What it is trained on.
 
     Attributes:
-        train: files (.json, .jsonl), folders or Hub ids of rows.
+        train: files (.json, .jsonl, .parquet, .csv), folders or Hub ids of rows.
         eval: the same, held out; empty for no evaluation.
+        split: of the folders and Hub ids among `train`.
+        eval_split: of those among `eval`.
+        config_name: of the Hub ids, where a dataset has several configurations; null for its only one.
         media_root: folder that relative paths of media start from; null: that of the file.
         streaming: read rows as a stream, for what does not fit on disk; needs `schedule.max_steps`.
         on_error: raise at the first bad row, or skip and count.
@@ -91,6 +94,9 @@ class DataRecipe:
 
     train: tuple[str, ...]
     eval: tuple[str, ...] = ()
+    split: str = "train"
+    eval_split: str = "train"
+    config_name: str | None = None
     media_root: str | None = None
     streaming: bool = False
     on_error: Literal["raise", "skip"] = "raise"
@@ -179,6 +185,7 @@ class OutputRecipe:
         save_every: updates between two checkpoints; null for none.
         keep: number of checkpoints that are kept; null for all.
         eval_every: updates between two evaluations; null for one at the end.
+        overwrite: begin anew in a folder that holds checkpoints of an earlier run, and delete these.
         model_card: whether the final folder gets a README.md.
     """
 
@@ -188,6 +195,7 @@ class OutputRecipe:
     save_every: int | None = 500
     keep: int | None = 2
     eval_every: int | None = None
+    overwrite: bool = False
     model_card: bool = True
 
 
@@ -290,6 +298,7 @@ def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
         )
     _check_ranges(recipe)
     _check_adapter(recipe)
+    _check_held_out(recipe.data)
     return recipe
 
 
@@ -303,6 +312,20 @@ def _check_ranges(recipe: Recipe) -> None:
             expected = f"of at least {least}" if least in (0, 1) else "above 0"
             expected += "" if most is None else f" and at most {most}"
             raise ValueError(f"Expected {section}.{key} {expected}, got {value}.")
+    if recipe.schedule.warmup >= 1:
+        raise ValueError(
+            f"Expected schedule.warmup as a share of all updates, below 1, got {recipe.schedule.warmup:g}."
+        )
+
+
+def _check_held_out(data: DataRecipe) -> None:
+    """A Hub id or folder is read in both lists, but not the same split of it."""
+    both = [name for name in data.eval if name in data.train and not os.path.isfile(name)]
+    if both and data.split == data.eval_split:
+        raise ValueError(
+            f"Expected other rows in data.eval than in data.train, got the split {data.split!r} of {both[0]} in both: "
+            "set data.eval_split."
+        )
 
 
 def _check_adapter(recipe: Recipe) -> None:
