@@ -134,6 +134,7 @@ def test_overrides_are_yaml(tmp_path):
             "Expected schedule.max_steps and batch.gradient_accumulation_steps with data.streaming",
         ),
         (_minimal(schedule={"max_steps": -1}), "Expected schedule.max_steps of at least 1, got -1."),
+        (_minimal(rates={"encoder": 0}), "Expected rates.encoder, rates.projector or rates.llm above 0, got none"),
         (_minimal(schedule={"warmup": 1}), "Expected schedule.warmup as a share of all updates, below 1, got 1."),
         (
             _minimal(data={"train": "org/set", "eval": "org/set"}),

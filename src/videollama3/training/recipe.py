@@ -25,7 +25,14 @@ MUON = "muon"
 # Smallest values that make sense, by section; larger than 0 is said by a number that is nearly that.
 _AT_LEAST: dict[str, dict[str, float]] = {
     "model": {"image_merge_size": 1, "video_merge_size": 1, "unpruned_share": 0},
-    "data": {"fps": 1e-9, "max_frames": 1, "max_visual_tokens": 1, "max_length": 1, "workers": 0},
+    "data": {
+        "fps": 1e-9,
+        "max_frames": 1,
+        "stream_max_frames": 1,
+        "max_visual_tokens": 1,
+        "max_length": 1,
+        "workers": 0,
+    },
     "rates": {"encoder": 0, "projector": 0, "llm": 0},
     "batch": {
         "samples_per_update": 1,
@@ -84,6 +91,7 @@ class DataRecipe:
         on_error: raise at the first bad row, or skip and count.
         fps: frames per second at which videos are sampled; null: as the processor says.
         max_frames: at most so many frames of a video.
+        stream_max_frames: of the video of a streaming row, whose later frames and messages are dropped.
         max_visual_tokens: visual tokens of one sample, before pruning.
         max_length: tokens of one sample and of one packed row, after pruning.
         overflow: of a longer sample: raise counts it as a bad row, truncate cuts it on the right, never inside a
@@ -102,6 +110,7 @@ class DataRecipe:
     on_error: Literal["raise", "skip"] = "raise"
     fps: float | None = None
     max_frames: int = 180
+    stream_max_frames: int = 400
     max_visual_tokens: int = 10240
     max_length: int = 16384
     overflow: Literal["raise", "truncate", "skip"] = "raise"
@@ -297,6 +306,8 @@ def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
             f"length), got {recipe.schedule.max_steps} and {recipe.batch.gradient_accumulation_steps}."
         )
     _check_ranges(recipe)
+    if not any(dataclasses.astuple(recipe.rates)):
+        raise ValueError("Expected rates.encoder, rates.projector or rates.llm above 0, got none: nothing is trained.")
     _check_adapter(recipe)
     _check_held_out(recipe.data)
     return recipe

@@ -61,6 +61,10 @@ def run_recipe(
         ImportError: when a package that the recipe needs is missing.
     """
     _require("accelerate")
+    if recipe.adapter is not None:
+        _require("peft")
+        if recipe.adapter.four_bit:
+            _require("bitsandbytes")
     checkpoint = None if measure_for else _checkpoint(recipe, resume)
     processor = build_processor(recipe)
     train, held_out = _datasets(recipe, processor)
@@ -75,6 +79,8 @@ def run_recipe(
     if held_out is not None and held_out_lengths is not None:
         # Raises where a sample does not fit into a row, or none is left.
         _sampler(recipe, held_out_lengths, name=held_out.name)
+        if num_skipped := int((held_out_lengths[:, TOKENS] == 0).sum()):
+            logger.warning("left out %d of %d held-out samples, see above", num_skipped, len(held_out_lengths))
     if measure_for is not None:
         return {"num_train_samples": 0 if lengths is None else int((lengths[:, TOKENS] > 0).sum())}
     arguments.gradient_accumulation_steps = accumulation_steps(
@@ -139,7 +145,6 @@ def build_model(recipe: Recipe) -> Any:
     if recipe.model.attention is not None:
         options["attn_implementation"] = recipe.model.attention
     if recipe.adapter is not None and recipe.adapter.four_bit:
-        _require("bitsandbytes")
         options.update(quantization_config=four_bit_config(), dtype=torch.bfloat16)
     model = _load_model(recipe, **options)
     if recipe.adapter is not None:
@@ -199,6 +204,7 @@ def _datasets(recipe: Recipe, processor: Any) -> tuple[Any, Any]:
         "seed": recipe.schedule.seed,
         "fps": data.fps,
         "max_frames": data.max_frames,
+        "stream_max_frames": data.stream_max_frames,
         "unpruned_share": recipe.model.unpruned_share,
     }
     options["config_name"] = data.config_name
