@@ -123,6 +123,33 @@ def test_packed_documents_need_no_mask(install, monkeypatch, kernel):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
 
 
+def test_autocast_on_float32_weights_reaches_the_kernel_in_half_precision(install, monkeypatch):
+    """As training with `precision: bf16` computes: rotary embedding leaves queries and keys in float32 there."""
+    given = []
+
+    def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        given.append((query.dtype, key.dtype, value.dtype))
+        return _loop(query, key, value, cu_seq_q, scale=scale, causal=window_size == (-1, 0))
+
+    install(kernel)
+    asked = []
+    monkeypatch.setattr(module, "check_varlen", lambda device, dtype, **kwargs: asked.append(dtype))
+    torch.manual_seed(0)
+    model = videollama3.VideoLlama3ForCausalLM(tiny_config())
+    documents = [prompt(text(length, seed))["input_ids"] for seed, length in enumerate([7, 12, 5])]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        single = [model(input_ids=document).logits for document in documents]
+        model.set_attn_implementation({"text_config": TORCH_VARLEN})
+        packed = packed_with_bounds(model, documents)
+    assert set(given) == {(torch.bfloat16,) * 3}
+    assert set(asked) == {torch.bfloat16}
+    for got, want in zip(packed, single, strict=True):
+        # Two roundings to bfloat16 of logits up to 0.43.
+        torch.testing.assert_close(got, want, atol=5e-3, rtol=0)
+    sum(logits.float().square().sum() for logits in packed).backward()
+    assert all(weights.grad is not None for weights in model.model.language_model.layers.parameters())
+
+
 def test_bounds_are_for_one_row_of_full_attention(install):
     """The kernel reads the first row only, and knows no window."""
     install(_kernel_2_13)

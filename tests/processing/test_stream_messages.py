@@ -6,6 +6,7 @@ import torch
 
 from tests.conftest import GoldenCase
 from tests.media import numbered_picture, read_number, write_clip
+from videollama3 import random_checkpoint
 from videollama3.processing.planned_media import VideoOptions, plan_videos
 from videollama3.processing.stream_messages import first_frames, interleave, select_messages
 
@@ -64,6 +65,15 @@ def test_frames_after_the_last_message_are_not_read(processor, clip):
     encoded = processor.encode_stream(clip, turns, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 2), (2, 2)]
     assert encoded.media[0].timestamps.tolist() == [0.0, 1.0]
+
+
+def test_a_tokenizer_without_the_tokens_of_a_stream_is_refused(clip, monkeypatch):
+    """Its words would be learnt as they are written, and when to speak not at all."""
+    kept = tuple(token for token in random_checkpoint.SPECIAL_TOKENS if "stream" not in token)
+    monkeypatch.setattr(random_checkpoint, "SPECIAL_TOKENS", kept)
+    turns = [{"role": "user", "content": "q", "time": 0.5}, {"role": "assistant", "content": "a", "time": 1.0}]
+    with pytest.raises(ValueError, match=r"got one without <\|stream_start\|> and <\|stream_end\|>: add them"):
+        random_checkpoint.build_random()[1].encode_stream(clip, turns)
 
 
 def test_media_inside_a_stream_are_refused(processor, clip):

@@ -67,7 +67,7 @@ def test_check_prints_the_budget_and_draws_it(rows, tmp_path, capsys):
 def test_check_lists_bad_rows_and_fails(rows, capsys):
     assert main(["data", "check", str(rows / "bad.json"), "--model", str(GOLDEN / "ckpt")]) == 1
     captured = capsys.readouterr()
-    assert "7 rows, 3 bad, 5 measured" in captured.out
+    assert "7 rows, 3 bad, 4 measured" in captured.out
     errors = captured.err.splitlines()
     listed = [text for text in errors if text.startswith("bad.json row")]
     assert [text.split(":")[0] for text in listed] == ["bad.json row 4", "bad.json row 5", "bad.json row 6"]
@@ -89,6 +89,16 @@ def test_limits_reach_the_dataset(rows, capsys):
     err = capsys.readouterr().err
     assert "good.json row 1: Expected at most max_length=27 tokens after pruning, got 28" in err
     assert "got 3 bad of 4" in err
+
+
+def test_rows_that_are_left_out_as_too_long_are_not_bad(rows, capsys):
+    limits = ["--max-length", "27", "--overflow", "skip"]
+    assert main(["data", "check", str(rows / "good.json"), *limits]) == 0
+    captured = capsys.readouterr()
+    assert "4 rows, 0 bad, 3 left out as too long, 1 measured" in captured.out
+    assert "good.json row 1: Expected at most max_length=27 tokens" in captured.err
+    assert main(["data", "show", str(rows / "good.json"), "--row", "1", *limits]) == 1
+    assert "Expected a row that is trained on, got good.json row 1: Expected at most" in capsys.readouterr().err
 
 
 def test_show_marks_what_is_learnt(rows, capsys):

@@ -108,6 +108,37 @@ def test_relative_paths_start_from_the_root_or_the_working_directory(tmp_path, m
     assert missing_files(read_row(authors(("human", "Q"), ("gpt", "A"), image="https://example.org/x.png"))) == []
 
 
+def test_frames_of_a_video_are_found_beside_the_rows_too(tmp_path):
+    picture = Image.new("RGB", (4, 4))
+    frames = [f"{i}.png" for i in range(2)]
+    (tmp_path / "0.png").touch()
+    row = read_row(
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "video", "video": [*frames, picture]}]},
+                {"role": "assistant", "content": "A"},
+            ]
+        },
+        media_root=tmp_path,
+    )
+    assert row.media == [[str(tmp_path / "0.png"), str(tmp_path / "1.png"), picture]]
+    assert missing_files(row) == [str(tmp_path / "1.png")]
+    with pytest.raises(ValueError, match=r"Expected a frame of .* inside the media root"):
+        read_row(
+            {
+                "video": [["../x.png"]],
+                "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}],
+            },
+            media_root=tmp_path,
+        )
+
+
+@pytest.mark.parametrize("name", ["clip-12:30.png", "a b:c.mp4"])
+def test_a_colon_makes_no_url(tmp_path, name):
+    row = read_row(authors(("human", "Q"), ("gpt", "A"), image=name), media_root=tmp_path)
+    assert row.media == [str(tmp_path / name)]
+
+
 def test_stream_rows():
     row = read_row(
         {

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from videollama3.training import length_index
 from videollama3.training.length_index import measure_sample, rows_for, sample_lengths
 
 from .synthetic import IMAGE, MIXED, TEXT, VIDEO, Samples, tiny_model
@@ -82,6 +83,35 @@ def test_a_row_that_was_skipped_is_read_again(dataset, tmp_path):
     lengths = sample_lengths(repaired, folder=tmp_path)
     assert lengths[2].tolist() == lengths[1].tolist() != [0, 0, 0]
     assert np.array_equal(sample_lengths(dataset, folder=tmp_path, retry_skipped=False), lengths)
+
+
+def test_what_was_measured_before_a_bad_row_is_kept(tmp_path):
+    read = []
+
+    class Broken(Samples):
+        broken = True
+
+        def __getitem__(self, index):
+            if index == 3 and self.broken:
+                raise ValueError("rows.jsonl row 3: bad")
+            read.append(index)
+            return super().__getitem__(index)
+
+    dataset = Broken(tiny_model()[1], [TEXT, IMAGE, None, VIDEO, MIXED])
+    with pytest.raises(ValueError, match="row 3: bad"):
+        sample_lengths(dataset, folder=tmp_path)
+    Broken.broken = False
+    sample_lengths(dataset, folder=tmp_path, retry_skipped=False)
+    assert read == [0, 1, 2, 3, 4]
+
+
+def test_a_killed_run_keeps_what_it_had_measured_a_while_ago(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(length_index, "_SECONDS_BETWEEN_FILES", 0.0)
+    stored = []
+    monkeypatch.setattr(length_index, "_store", lambda path, lengths: stored.append(lengths[:, 0].copy()))
+    whole = sample_lengths(dataset, folder=tmp_path)[:, 0]
+    assert [np.count_nonzero(lengths) for lengths in stored] == [1, 2, 3, 4, 5, 5]
+    assert np.array_equal(stored[-1].clip(min=0), whole)
 
 
 def test_rows_are_drawn_by_a_seed():

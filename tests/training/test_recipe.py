@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from videollama3 import cli
+from videollama3.training import training_run
 from videollama3.training.packing import PackedBatchSampler
 from videollama3.training.recipe import load_recipe, recipe_from_dict, training_arguments
 from videollama3.training.training_run import accumulation_steps, last_checkpoint, mean_loss, row_limits, run_recipe
@@ -133,6 +134,12 @@ def test_overrides_are_yaml(tmp_path):
             "Expected schedule.max_steps and batch.gradient_accumulation_steps with data.streaming",
         ),
         (_minimal(schedule={"max_steps": -1}), "Expected schedule.max_steps of at least 1, got -1."),
+        (_minimal(rates={"encoder": 0}), "Expected rates.encoder, rates.projector or rates.llm above 0, got none"),
+        (_minimal(schedule={"warmup": 1}), "Expected schedule.warmup as a share of all updates, below 1, got 1."),
+        (
+            _minimal(data={"train": "org/set", "eval": "org/set"}),
+            "Expected other rows in data.eval than in data.train, got the split 'train' of org/set in both: set data.",
+        ),
         (_minimal(schedule={"epochs": 0}), "Expected schedule.epochs above 0, got 0.0."),
         (_minimal(batch={"window": 0}), "Expected batch.window of at least 1, got 0."),
         (
@@ -320,7 +327,7 @@ def test_rows_that_are_skipped_are_told_and_tried_again(task, tmp_path, capsys):
     record = json.loads((tmp_path / "out" / "training_record.json").read_text())
     assert (record["num_train_samples"], record["num_skipped_samples"]) == (10, 1)
     # What was skipped is no known length: a run that may not skip says so.
-    assert cli.main([*arguments, "data.on_error=raise"]) == 1
+    assert cli.main([*arguments, "data.on_error=raise", "output.overwrite=true"]) == 1
     assert "rows.jsonl row 10" in capsys.readouterr().err
 
 
@@ -368,7 +375,11 @@ def test_the_last_update_is_logged(task, tmp_path):
     assert record["final_train_loss"] == logged[-1][1]
     assert record["mean_train_loss"] == pytest.approx((logged[0][1] + 2 * logged[1][1]) / 3)
     # A checkpoint's too, so that what a run that resumes logs next begins there.
-    run_recipe(load_recipe(RECIPES / "stage2.yaml", _overrides(task, tmp_path, *more, "output.save_every=2")))
+    run_recipe(
+        load_recipe(
+            RECIPES / "stage2.yaml", _overrides(task, tmp_path, *more, "output.save_every=2", "output.overwrite=true")
+        )
+    )
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
 
@@ -421,6 +432,54 @@ def test_measuring_alone(task, tmp_path, capsys):
         assert cli.main(arguments) == 0
         assert printed in capsys.readouterr().out
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_run_that_begins_anew_wants_a_folder_without_checkpoints(task, tmp_path):
+    more = ("schedule.max_steps=2", "output.save_every=1")
+    run_recipe(load_recipe(RECIPES / "stage2.yaml", _overrides(task, tmp_path, *more)))
+    message = re.escape("a later --resume would take for its own: pass --resume to go on")
+    again = _overrides(task, tmp_path, "schedule.max_steps=1")
+    with pytest.raises(ValueError, match=message):
+        run_recipe(load_recipe(RECIPES / "stage2.yaml", again))
+    assert run_recipe(load_recipe(RECIPES / "stage2.yaml", again), measure_for=1)["num_train_samples"] == 10
+    run_recipe(load_recipe(RECIPES / "stage2.yaml", [*again, "output.overwrite=true"]))
+    assert last_checkpoint(tmp_path) is None or last_checkpoint(tmp_path).endswith("checkpoint-1")
+
+
+def test_a_held_out_sample_beyond_a_limit_is_found_before_training(task, tmp_path):
+    more = ("schedule.max_steps=2", "batch.max_patches=30")
+    texts = [row for row in Path(task[1]).read_text().splitlines() if '"video"' not in row and '"image"' not in row]
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts) + "\n")
+    overrides = [*_overrides(task, tmp_path / "out", *more), f"data.train={tmp_path / 'texts.jsonl'}"]
+    with pytest.raises(ValueError, match=r"patches"):
+        run_recipe(load_recipe(RECIPES / "stage2.yaml", overrides))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_what_was_trained_is_recorded_though_the_evaluation_fails(task, tmp_path, monkeypatch):
+    def evaluate(self, *args, **kwargs):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(training_run.VideoLlama3Trainer, "evaluate", evaluate)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        run_recipe(load_recipe(RECIPES / "stage2.yaml", _overrides(task, tmp_path, "schedule.max_steps=1")))
+    record = json.loads((tmp_path / "training_record.json").read_text())
+    assert record["num_updates"] == 1
+    assert record["eval"] == {}
+    assert (tmp_path / "README.md").is_file()
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_an_update_has_no_more_rows_than_there_are_samples():
+    recipe = recipe_from_dict(_minimal(batch={"samples_per_update": 128}))
+    assert accumulation_steps(recipe, np.array([[10, 0, 0]]), world_size=1) == 1
+    # Ten of a row's length each.
+    assert accumulation_steps(recipe, np.array([[16384, 0, 0]] * 10), world_size=1) == 10
+
+
+def test_a_setting_behind_resume_is_no_checkpoint(capsys):
+    assert cli.main(["train", "stage4", "--resume", "data.train=x"]) == 1
+    assert "Expected a checkpoint folder after --resume, got the setting 'data.train=x'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -148,9 +148,12 @@ def test_wrong_files(tiny, tmp_path):
     (tmp_path / "dict.json").write_text("{}")
     with pytest.raises(ValueError, match=r"dict.json' as a list of rows, got dict: use .jsonl"):
         TrainingDataset(tmp_path / "dict.json", tiny)
-    (tmp_path / "rows.csv").write_text("a,b\n")
-    with pytest.raises(ValueError, match=r"a .json or .jsonl file, a folder or a Hub id, got the file '.*rows.csv'"):
-        TrainingDataset(tmp_path / "rows.csv", tiny)
+    (tmp_path / "rows.txt").write_text("a,b\n")
+    expected = r"ends in .json, .jsonl, .parquet, .csv, a folder or a Hub id, got the file '.*rows.txt'"
+    with pytest.raises(ValueError, match=expected):
+        TrainingDataset(tmp_path / "rows.txt", tiny)
+    with pytest.raises(FileNotFoundError, match=r"Expected rows in '.*no.parquet', got no such file"):
+        TrainingDataset(tmp_path / "no.parquet", tiny)
 
 
 def test_the_fingerprint_changes_with_what_a_sample_depends_on(tiny, tmp_path):
@@ -236,7 +239,44 @@ def test_several_sources_are_streamed_one_after_the_other(tiny, tmp_path, monkey
     assert [answer(sample, tiny) for sample in streamed] == ["1", "2", "5", "3", "4"]
     # A file of parquet is one shard, and a second worker would get nothing of it.
     assert streamed.max_workers() == 1
-    assert StreamingTrainingDataset(path, tiny).max_workers() is None
+    # Of one row, too.
+    assert StreamingTrainingDataset(path, tiny).max_workers() == 1
+    three = write_lines(tmp_path / "d.jsonl", [qa(text) for text in "678"])
+    assert StreamingTrainingDataset(three, tiny).max_workers() == 3
+    assert StreamingTrainingDataset(three, tiny, rank=1, world_size=2).max_workers() == 1
+
+
+def test_tables_and_folders_have_their_media_beside_them(tiny, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    from PIL import Image
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    Image.new("RGB", (56, 42), "red").save(folder / "a.png")
+    row = {"image": ["a.png"], "conversations": qa("A")["conversations"]}
+    datasets.Dataset.from_list([row]).to_parquet(str(folder / "train.parquet"))
+    for source in (folder, folder / "train.parquet"):
+        assert TrainingDataset(source, tiny)[0]["image_grid_thw"].tolist() == [[1, 4, 5]]
+        (streamed,) = StreamingTrainingDataset(source, tiny)
+        assert streamed["image_grid_thw"].tolist() == [[1, 4, 5]]
+
+
+def test_another_split_and_configuration(tiny, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    asked = []
+    table = datasets.Dataset.from_list([{"conversations": qa("A")["conversations"]}])
+
+    def load_dataset(path, name=None, *, split, streaming):
+        asked.append((path, name, split))
+        return table.to_iterable_dataset() if streaming else table
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    TrainingDataset("org/set", tiny, split="validation", config_name="short")
+    list(StreamingTrainingDataset("org/set", tiny, split="validation", config_name="short"))
+    TrainingDataset("org/set", tiny)
+    assert asked == [("org/set", "short", "validation")] * 2 + [("org/set", None, "train")]
 
 
 def test_picture_columns_are_not_decoded_by_datasets(tiny, tmp_path):

@@ -21,7 +21,7 @@ from .configuration_videollama3 import VideoLlama3Config
 from .document_attention import Documents, attend_by_document, attends_by_document, mask_of_documents, read_documents
 from .pretrained_videollama3 import VideoLlama3PreTrainedModel
 from .supervised_loss import supervised_loss
-from .torch_varlen import TORCH_VARLEN, varlen_obstacle
+from .torch_varlen import TORCH_VARLEN, computed_dtype, varlen_obstacle
 from .vision_encoder_videollama3 import VideoLlama3VisionModel
 
 # Inputs that describe media: their first dimension is not the batch, and only the prompt needs them.
@@ -348,7 +348,8 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
         config = self.config.text_config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         dropout = config.attention_dropout if self.training else 0.0
-        obstacle = varlen_obstacle(inputs_embeds.device, inputs_embeds.dtype, head_dim=head_dim, dropout=dropout)
+        dtype = computed_dtype(inputs_embeds)
+        obstacle = varlen_obstacle(inputs_embeds.device, dtype, head_dim=head_dim, dropout=dropout)
         return obstacle is None and set(config.layer_types) == {"full_attention"}
 
     def _mask_in_graph(

@@ -31,6 +31,17 @@ _HEAD_DIM_MULTIPLE = 8
 _MAX_HEAD_DIM = 256
 
 
+def computed_dtype(states: torch.Tensor) -> torch.dtype:
+    """In which dtype attention of these states is computed: under autocast float32 becomes what it names.
+
+    Rotary embedding gives float32 queries and keys there, as the token embeddings are float32.
+    """
+    device = states.device.type
+    if states.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return states.dtype
+
+
 def varlen_obstacle(device: torch.device, dtype: torch.dtype, *, head_dim: int, dropout: float = 0.0) -> str | None:
     """Says what keeps the kernel from running, in words for an error message; None when it runs.
 
@@ -125,8 +136,10 @@ def torch_varlen_attention(
             f'{kwargs["sliding_window"]}: choose "flash_attention_2" or "sdpa".'
         )
     head_dim = query.shape[-1]
+    dtype = computed_dtype(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if not torch.compiler.is_compiling():
-        check_varlen(query.device, query.dtype, head_dim=head_dim, dropout=dropout)
+        check_varlen(query.device, dtype, head_dim=head_dim, dropout=dropout)
     output_THD = _call_kernel(
         *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
         bounds=(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k),

@@ -27,7 +27,7 @@ from .packed_attention import attend_packed, eager_segment_attention
 from .packed_segments import Grid, PackedSegments, chunk_grids, distinct_frames, pack_segments, read_grids
 from .pretrained_videollama3 import VideoLlama3PreTrainedModel
 from .sharded_modules import gathers_weights
-from .torch_varlen import TORCH_VARLEN, check_varlen, torch_varlen_attention, varlen_obstacle
+from .torch_varlen import TORCH_VARLEN, check_varlen, computed_dtype, torch_varlen_attention, varlen_obstacle
 
 # Without gradients the encoder takes whole segments in chunks whose activations stay below this, so that they
 # do not grow with the number of frames.
@@ -416,12 +416,13 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         implementation = self.config._attn_implementation
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         dropout = self.config.attention_dropout if self.training else 0.0
+        dtype = computed_dtype(hidden_TC)
         # By name: a local folder can load a class twice.
         if type(implementation).__name__ == DefaultAttention.__name__:
-            runs = varlen_obstacle(hidden_TC.device, hidden_TC.dtype, head_dim=head_dim, dropout=dropout) is None
+            runs = varlen_obstacle(hidden_TC.device, dtype, head_dim=head_dim, dropout=dropout) is None
             implementation = TORCH_VARLEN if runs else str(implementation)
         if implementation == TORCH_VARLEN:
-            check_varlen(hidden_TC.device, hidden_TC.dtype, head_dim=head_dim, dropout=dropout)
+            check_varlen(hidden_TC.device, dtype, head_dim=head_dim, dropout=dropout)
             return Attention(implementation, torch_varlen_attention)
         return Attention(
             implementation, ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_segment_attention)

@@ -328,9 +328,10 @@ class VideoLlama3Processor(ProcessorMixin):
 
         Raises:
             TypeError: for messages without times.
-            ValueError: for messages out of order or with media of their own, and where no frame or no message
-                is left.
+            ValueError: for messages out of order or with media of their own, where no frame or no message is left, and
+                for a tokenizer without the tokens of a stream.
         """
+        self._prompts.require_stream_tokens()
         options = self._read_options({**kwargs, "start_time": start_time, "end_time": end_time})
         timed = check_timed_messages(messages)
         if read_conversation(timed).media:

@@ -190,6 +190,15 @@ class PromptTokenizer:
             token for token in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, OFFICIAL_PLACEHOLDER) if token in special
         ]
 
+    def require_stream_tokens(self) -> None:
+        """Raises a `ValueError` where the tokenizer does not know the tokens around a `stream` message."""
+        missing = [token for token in (_STREAM_START, _STREAM_END) if token not in self.control_ids]
+        if missing:
+            raise ValueError(
+                f"Expected a tokenizer with the special tokens {_STREAM_START} and {_STREAM_END} for a stream, got "
+                f"one without {' and '.join(missing)}: add them, or begin with `videollama3 init`, which does."
+            )
+
     def render(self, messages: list[dict[str, Any]], chat_template: str, **variables: Any) -> tuple[str, str]:
         """Renders one conversation; user text cannot write control tokens.
 

@@ -37,6 +37,7 @@ def add_parser(commands: Any) -> None:
     for action in (check, show):
         action.add_argument("file", metavar="FILE", help=".json or .jsonl, or what `datasets` reads")
         action.add_argument("--split", default="train", help="of a dataset that is not a file (default train)")
+        action.add_argument("--config-name", metavar="NAME", help="of a Hub dataset with several configurations")
         action.add_argument("--model", metavar="FOLDER_OR_REPO", help="checkpoint whose processor to use")
         action.add_argument(
             "--media-root", metavar="FOLDER", help="where relative paths start (default: FILE's folder)"
@@ -83,15 +84,17 @@ def run_check(options: argparse.Namespace) -> None:
                 costs.append(measure_cost(sample, dataset.row(i).kind))
             if progress is not None:
                 progress(count, len(chosen))
-    bad += dataset.skipped
-    print(f"{options.file}: {len(dataset)} rows, {len(bad)} bad, {len(chosen)} measured")
+    left_out = [row for row in dataset.skipped if row.too_long]
+    bad += [row for row in dataset.skipped if not row.too_long]
+    more = f", {len(left_out)} left out as too long" if left_out else ""
+    print(f"{options.file}: {len(dataset)} rows, {len(bad)} bad{more}, {len(costs)} measured")
     if costs:
         print(cost_table(costs, size))
     if costs and options.output:
         picture = cost_picture(costs, size)
         picture.save(options.output)
         print(f"wrote {options.output} ({picture.width} x {picture.height})")
-    for row in bad:
+    for row in [*left_out, *bad]:
         print(row, file=sys.stderr)
     if bad:
         raise ValueError(f"Expected good rows only, got {len(bad)} bad of {len(dataset)}, listed above.")
@@ -107,7 +110,8 @@ def run_show(options: argparse.Namespace) -> None:
     if not 0 <= options.row < len(dataset):
         raise ValueError(f"Expected --row from 0 to {len(dataset) - 1}, got {options.row}.")
     sample = dataset[options.row]
-    assert sample is not None
+    if sample is None:
+        raise ValueError(f"Expected a row that is trained on, got {dataset.skipped[-1]}")
     ids, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
     color = _use_color(options.color)
     print(show_sequence(ids, labels, processor, color=color))
@@ -128,6 +132,7 @@ def _dataset(options: argparse.Namespace, processor: Any, *, on_error: Any) -> A
         options.file,
         processor,
         split=options.split,
+        config_name=options.config_name,
         media_root=options.media_root,
         on_error=on_error,
         max_length=options.max_length,

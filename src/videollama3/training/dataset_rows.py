@@ -23,7 +23,7 @@ RowKind = Literal["text", "image", "images", "video", "mixed", "stream"]
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _TAGS = {"image": "<image>", "video": "<video>"}
 _TAG_PATTERN = re.compile("(<image>|<video>)")
-_URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+:")
+_URL = re.compile(r"^(?:[a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +92,10 @@ def read_row(row: Any, *, media_root: str | os.PathLike[str] | None = None) -> T
 
 def missing_files(row: TrainingRow) -> list[str]:
     """Paths among the row's media at which nothing stands."""
+    sources = [file for source in row.media for file in (source if isinstance(source, list) else [source])]
     return [
         source
-        for source in row.media
+        for source in sources
         if isinstance(source, str) and not _URL.match(source) and not os.path.exists(source)
     ]
 
@@ -198,6 +199,10 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _is_path(source: Any) -> bool:
+    return isinstance(source, (str, os.PathLike))
+
+
 def _resolve(source: Any, media_root: str | os.PathLike[str] | None, where: str) -> Any:
     """A source as the processor takes it."""
     if isinstance(source, Mapping):
@@ -207,6 +212,9 @@ def _resolve(source: Any, media_root: str | os.PathLike[str] | None, where: str)
         source = os.fspath(source)
     if source is None or source == "":
         raise ValueError(f"Expected {where} with a source, got an empty one.")
+    if isinstance(source, (list, tuple)):
+        # The frames of a video, of which some are named by their files.
+        return [_resolve(frame, media_root, f"a frame of {where}") if _is_path(frame) else frame for frame in source]
     if not isinstance(source, str) or _URL.match(source):
         return source
     path = os.path.expanduser(source)

@@ -7,8 +7,10 @@ run with the same dataset reads the file. A run that ends before it has seen all
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ Progress = Callable[[int, int], None]
 Numbers = npt.NDArray[np.int64]
 # In the file, in place of the tokens of a row that was read and skipped; 0 is a row that nobody has read yet.
 _SKIPPED = -1
+# What was measured is kept this often, so that a killed run, or one that meets a bad row, does not begin anew.
+_SECONDS_BETWEEN_FILES = 60.0
+# Processes wait for the one that measures for as long as it takes.
+_PATIENCE = datetime.timedelta(days=30)
 # Tells the choice of rows from what else is drawn by the same seed.
 _CHOICE_OF_ROWS = (0, 0, 1)
 
@@ -74,9 +80,7 @@ def sample_lengths(
     tokens = known[wanted, 0]
     missing = wanted[(tokens == 0) | (retry_skipped & (tokens == _SKIPPED))]
     if len(missing):
-        known[missing] = _measure(dataset, missing, num_workers=num_workers, progress=progress)
-        if path is not None:
-            _store(path, known)
+        _measure(dataset, missing, known, path, num_workers=num_workers, progress=progress)
     lengths: Lengths = np.zeros_like(known)
     lengths[wanted] = known[wanted].clip(min=0)
     return lengths
@@ -92,9 +96,11 @@ def shared_lengths(dataset: Any, arguments: Any, **options: Any) -> Lengths:
     """
     if arguments.world_size == 1:
         return sample_lengths(dataset, **options)
-    # The others wait here.
     told = [sample_lengths(dataset, **options) if arguments.process_index == 0 else None]
-    torch.distributed.broadcast_object_list(told, src=0, device=arguments.device)
+    # The others wait here; by the group that computes they would give up after half an hour.
+    group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    torch.distributed.broadcast_object_list(told, src=0, group=group)
+    torch.distributed.destroy_process_group(group)
     assert told[0] is not None
     return told[0]
 
@@ -117,17 +123,32 @@ def _store(path: Path, lengths: Lengths) -> None:
     os.replace(unfinished, path)
 
 
-def _measure(dataset: Any, numbers: Numbers, *, num_workers: int, progress: Progress | None) -> Lengths:
-    """Reads samples once and measures them: int64 (numbers, 3)."""
+def _measure(
+    dataset: Any,
+    numbers: Numbers,
+    known: Lengths,
+    path: Path | None,
+    *,
+    num_workers: int,
+    progress: Progress | None,
+) -> None:
+    """Reads samples once and writes their lengths into `known`, and into its file now and then, and at the end."""
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
         _Measured(dataset, numbers), batch_size=None, num_workers=num_workers
     )
-    lengths: Lengths = np.zeros((len(numbers), 3), dtype=np.int64)
-    for i, length in enumerate(loader):
-        lengths[i] = length if length[0] else (_SKIPPED, 0, 0)
-        if progress is not None:
-            progress(i + 1, len(numbers))
-    return lengths
+    stored = time.monotonic()
+    try:
+        for i, length in enumerate(loader):
+            known[numbers[i]] = length if length[0] else (_SKIPPED, 0, 0)
+            if progress is not None:
+                progress(i + 1, len(numbers))
+            if path is not None and time.monotonic() - stored > _SECONDS_BETWEEN_FILES:
+                _store(path, known)
+                stored = time.monotonic()
+    finally:
+        # Also where a bad row ends the run.
+        if path is not None:
+            _store(path, known)
 
 
 def rows_for(num_rows: int, wanted: int, *, seed: int) -> Numbers | None:

@@ -25,7 +25,14 @@ MUON = "muon"
 # Smallest values that make sense, by section; larger than 0 is said by a number that is nearly that.
 _AT_LEAST: dict[str, dict[str, float]] = {
     "model": {"image_merge_size": 1, "video_merge_size": 1, "unpruned_share": 0},
-    "data": {"fps": 1e-9, "max_frames": 1, "max_visual_tokens": 1, "max_length": 1, "workers": 0},
+    "data": {
+        "fps": 1e-9,
+        "max_frames": 1,
+        "stream_max_frames": 1,
+        "max_visual_tokens": 1,
+        "max_length": 1,
+        "workers": 0,
+    },
     "rates": {"encoder": 0, "projector": 0, "llm": 0},
     "batch": {
         "samples_per_update": 1,
@@ -74,13 +81,17 @@ class DataRecipe:
     """What it is trained on.
 
     Attributes:
-        train: files (.json, .jsonl), folders or Hub ids of rows.
+        train: files (.json, .jsonl, .parquet, .csv), folders or Hub ids of rows.
         eval: the same, held out; empty for no evaluation.
+        split: of the folders and Hub ids among `train`.
+        eval_split: of those among `eval`.
+        config_name: of the Hub ids, where a dataset has several configurations; null for its only one.
         media_root: folder that relative paths of media start from; null: that of the file.
         streaming: read rows as a stream, for what does not fit on disk; needs `schedule.max_steps`.
         on_error: raise at the first bad row, or skip and count.
         fps: frames per second at which videos are sampled; null: as the processor says.
         max_frames: at most so many frames of a video.
+        stream_max_frames: of the video of a streaming row, whose later frames and messages are dropped.
         max_visual_tokens: visual tokens of one sample, before pruning.
         max_length: tokens of one sample and of one packed row, after pruning.
         overflow: of a longer sample: raise counts it as a bad row, truncate cuts it on the right, never inside a
@@ -91,11 +102,15 @@ class DataRecipe:
 
     train: tuple[str, ...]
     eval: tuple[str, ...] = ()
+    split: str = "train"
+    eval_split: str = "train"
+    config_name: str | None = None
     media_root: str | None = None
     streaming: bool = False
     on_error: Literal["raise", "skip"] = "raise"
     fps: float | None = None
     max_frames: int = 180
+    stream_max_frames: int = 400
     max_visual_tokens: int = 10240
     max_length: int = 16384
     overflow: Literal["raise", "truncate", "skip"] = "raise"
@@ -179,6 +194,7 @@ class OutputRecipe:
         save_every: updates between two checkpoints; null for none.
         keep: number of checkpoints that are kept; null for all.
         eval_every: updates between two evaluations; null for one at the end.
+        overwrite: begin anew in a folder that holds checkpoints of an earlier run, and delete these.
         model_card: whether the final folder gets a README.md.
     """
 
@@ -188,6 +204,7 @@ class OutputRecipe:
     save_every: int | None = 500
     keep: int | None = 2
     eval_every: int | None = None
+    overwrite: bool = False
     model_card: bool = True
 
 
@@ -289,7 +306,10 @@ def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
             f"length), got {recipe.schedule.max_steps} and {recipe.batch.gradient_accumulation_steps}."
         )
     _check_ranges(recipe)
+    if not any(dataclasses.astuple(recipe.rates)):
+        raise ValueError("Expected rates.encoder, rates.projector or rates.llm above 0, got none: nothing is trained.")
     _check_adapter(recipe)
+    _check_held_out(recipe.data)
     return recipe
 
 
@@ -303,6 +323,20 @@ def _check_ranges(recipe: Recipe) -> None:
             expected = f"of at least {least}" if least in (0, 1) else "above 0"
             expected += "" if most is None else f" and at most {most}"
             raise ValueError(f"Expected {section}.{key} {expected}, got {value}.")
+    if recipe.schedule.warmup >= 1:
+        raise ValueError(
+            f"Expected schedule.warmup as a share of all updates, below 1, got {recipe.schedule.warmup:g}."
+        )
+
+
+def _check_held_out(data: DataRecipe) -> None:
+    """A Hub id or folder is read in both lists, but not the same split of it."""
+    both = [name for name in data.eval if name in data.train and not os.path.isfile(name)]
+    if both and data.split == data.eval_split:
+        raise ValueError(
+            f"Expected other rows in data.eval than in data.train, got the split {data.split!r} of {both[0]} in both: "
+            "set data.eval_split."
+        )
 
 
 def _check_adapter(recipe: Recipe) -> None:

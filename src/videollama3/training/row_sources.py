@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 _JSON_SUFFIXES = (".json", ".jsonl")
+# Other files, and which builder of `datasets` reads them.
+_TABLES = {".parquet": "parquet", ".csv": "csv"}
 
 
 class JsonLines:
@@ -85,11 +87,12 @@ class LoadedRows:
     Args:
         rows: a sequence of dicts.
         label: how errors call it.
+        media_root: folder that relative paths start from; None: the working directory.
     """
 
-    def __init__(self, rows: Any, label: str = "rows") -> None:
+    def __init__(self, rows: Any, label: str = "rows", media_root: str | None = None) -> None:
         self.label = label
-        self.media_root: str | None = None
+        self.media_root = media_root
         self._rows = _undecoded(rows)
 
     def __len__(self) -> int:
@@ -143,23 +146,24 @@ class Rows:
         return hashlib.sha256("\n".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
 
 
-def open_rows(source: Any, *, split: str = "train") -> Rows:
+def open_rows(source: Any, *, split: str = "train", config_name: str | None = None) -> Rows:
     """Opens what the user named.
 
     Args:
-        source: a .json or .jsonl file, a folder or Hub id that `datasets.load_dataset` reads, a list of these, a
-            loaded `datasets.Dataset`, or a list of dicts.
+        source: a .json, .jsonl, .parquet or .csv file, a folder or Hub id that `datasets.load_dataset` reads, a list
+            of these, a loaded `datasets.Dataset`, or a list of dicts.
         split: of a folder or Hub id.
+        config_name: of a Hub id whose dataset has several configurations.
 
     Raises:
         FileNotFoundError: for a file that does not exist.
-        ImportError: for a folder or Hub id without `datasets`.
-        ValueError: for a file that is not JSON.
+        ImportError: for what `datasets` has to read, without it.
+        ValueError: for a file that is none of these.
     """
     if isinstance(source, (str, os.PathLike)):
-        return Rows([_open_one(os.fspath(source), split)])
+        return Rows([_open_one(os.fspath(source), split, config_name)])
     if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, os.PathLike)) for item in source):
-        return Rows([_open_one(os.fspath(item), split) for item in source])
+        return Rows([_open_one(os.fspath(item), split, config_name) for item in source])
     if _has_numbers(source):
         return Rows([LoadedRows(source)])
     raise TypeError(
@@ -188,38 +192,46 @@ class StreamedRow:
     media_root: str | None
 
 
-def stream_rows(source: Any, *, split: str = "train", rank: int, world_size: int) -> Iterator[StreamedRow]:
+def stream_rows(
+    source: Any, *, split: str = "train", config_name: str | None = None, rank: int, world_size: int
+) -> Iterator[StreamedRow]:
     """Rows for one process (and its dataloader worker) without holding them.
 
     Args:
         source: as in `open_rows`, or a `datasets.IterableDataset`; what `datasets` reads is streamed.
         split: of a folder or Hub id.
+        config_name: as in `open_rows`.
         rank: of this process.
         world_size: number of processes.
     """
-    for part in _streams(source, split):
+    for part, media_root in _streams(source, split, config_name):
         if not isinstance(part, Rows):
             label = getattr(getattr(part, "info", None), "dataset_name", None) or "stream"
             for i, row in enumerate(_split_by_process(part, rank, world_size)):
-                yield StreamedRow(f"{label} row {i} of process {rank}", functools.partial(dict, row), None)
+                yield StreamedRow(f"{label} row {i} of process {rank}", functools.partial(dict, row), media_root)
             continue
         for i in _own_numbers(len(part), rank, world_size):
             file, number = part.locate(i)
             yield StreamedRow(part.name(i), functools.partial(file.__getitem__, number), file.media_root)
 
 
-def num_parts(source: Any, *, split: str = "train", rank: int, world_size: int) -> int | None:
+def num_parts(
+    source: Any, *, split: str = "train", config_name: str | None = None, rank: int, world_size: int
+) -> int | None:
     """Into how many parts what one process reads can be divided among its workers; None: any number.
 
-    `datasets` gives workers whole shards, and a worker without one nothing.
+    `datasets` gives workers whole shards, and a worker without one nothing; of other rows each needs one.
     """
-    streams = [part for part in _streams(source, split) if not isinstance(part, Rows)]
+    parts = [part for part, _ in _streams(source, split, config_name)]
+    streams = [part for part in parts if not isinstance(part, Rows)]
+    if not streams:
+        return max((len(part) // world_size for part in parts), default=None)
     shards = [getattr(_split_by_process(part, rank, world_size), "num_shards", None) for part in streams]
     return min((count for count in shards if count is not None), default=None)
 
 
-def _streams(source: Any, split: str) -> Iterator[Any]:
-    """One after the other: `Rows` of JSON files and loaded tables, and iterables of `datasets`."""
+def _streams(source: Any, split: str, config_name: str | None) -> Iterator[tuple[Any, str | None]]:
+    """One after the other: `Rows` of files and tables, or iterables of `datasets`; with these their media root."""
     several = isinstance(source, (list, tuple)) and bool(source) and isinstance(source[0], (str, os.PathLike))
     # Files that follow each other are shared out as one: each alone may have fewer rows than there are workers.
     files: list[Any] = []
@@ -229,14 +241,15 @@ def _streams(source: Any, split: str) -> Iterator[Any]:
             files.append(item)
             continue
         if files:
-            yield open_rows(files, split=split)
+            yield open_rows(files), None
             files = []
         if is_path:
-            yield _load_dataset(os.fspath(item), split, streaming=True)
+            path = os.fspath(item)
+            yield _load_dataset(path, split, config_name, streaming=True), _folder_of(path)
         else:
-            yield open_rows(item, split=split) if _has_numbers(item) else item
+            yield open_rows(item) if _has_numbers(item) else item, None
     if files:
-        yield open_rows(files, split=split)
+        yield open_rows(files), None
 
 
 def _own_numbers(count: int, rank: int, world_size: int) -> Iterable[int]:
@@ -259,17 +272,30 @@ def _split_by_process(rows: Any, rank: int, world_size: int) -> Any:
     return split_dataset_by_node(rows, rank=rank, world_size=world_size)
 
 
-def _open_one(path: str, split: str) -> Part:
+def _open_one(path: str, split: str, config_name: str | None) -> Part:
     if path.endswith(_JSON_SUFFIXES):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"Expected rows in {path!r}, got no such file.")
         return JsonLines(path) if path.endswith(".jsonl") else JsonArray(path)
-    return LoadedRows(_load_dataset(path, split, streaming=False), label=os.path.basename(path.rstrip("/")))
+    rows = _load_dataset(path, split, config_name, streaming=False)
+    return LoadedRows(rows, label=os.path.basename(path.rstrip("/")), media_root=_folder_of(path))
 
 
-def _load_dataset(path: str, split: str, *, streaming: bool) -> Any:
-    if os.path.isfile(path):
-        raise ValueError(f"Expected rows as a .json or .jsonl file, a folder or a Hub id, got the file {path!r}.")
+def _folder_of(path: str) -> str | None:
+    """Where relative paths of a local file or folder start; None for a Hub id."""
+    full = os.path.abspath(path)
+    return full if os.path.isdir(full) else os.path.dirname(full) if os.path.isfile(full) else None
+
+
+def _load_dataset(path: str, split: str, config_name: str | None, *, streaming: bool) -> Any:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in _TABLES and not os.path.isfile(path):
+        raise FileNotFoundError(f"Expected rows in {path!r}, got no such file.")
+    if os.path.isfile(path) and suffix not in _TABLES:
+        raise ValueError(
+            f"Expected rows as a file that ends in {', '.join((*_JSON_SUFFIXES, *_TABLES))}, a folder or a Hub id, "
+            f"got the file {path!r}."
+        )
     if os.path.isdir(path) and not glob.glob(os.path.join(glob.escape(path), "**", "*.*"), recursive=True):
         raise ValueError(f"Expected a folder with data files, got {path!r} with none.")
     try:
@@ -279,7 +305,9 @@ def _load_dataset(path: str, split: str, *, streaming: bool) -> Any:
             f"Expected the package `datasets` to read {path!r}, which is no .json or .jsonl file, found none: "
             "pip install 'videollama3[train]'."
         ) from error
-    return datasets.load_dataset(path, split=split, streaming=streaming)
+    if suffix in _TABLES:
+        return datasets.load_dataset(_TABLES[suffix], data_files=path, split="train", streaming=streaming)
+    return datasets.load_dataset(path, config_name, split=split, streaming=streaming)
 
 
 def _undecoded(rows: Any) -> Any:

@@ -51,6 +51,10 @@ def run(options: argparse.Namespace) -> None:
     from .recipe import load_recipe
     from .training_run import run_recipe
 
+    if isinstance(options.resume, str) and "=" in options.resume:
+        raise ValueError(
+            f"Expected a checkpoint folder after --resume, got the setting {options.resume!r}: put --resume last."
+        )
     quiet_progress_bars()
     recipe = load_recipe(options.recipe, options.overrides)
     with progress_bar("measuring samples", unit="sample") as progress:

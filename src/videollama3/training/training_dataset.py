@@ -37,10 +37,12 @@ class BadRow:
     Attributes:
         name: source and number.
         reason: what was expected and what came.
+        too_long: a good row that `overflow="skip"` leaves out.
     """
 
     name: str
     reason: str
+    too_long: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
@@ -123,7 +125,7 @@ class _RowReader:
             skip_length = isinstance(error, SampleTooLongError) and self.options.overflow == "skip"
             if self.on_error == "raise" and not skip_length:
                 raise ValueError(f"{name}: {error}") from error
-            bad = BadRow(name, str(error))
+            bad = BadRow(name, str(error), too_long=skip_length)
         self.skipped.append(bad)
         logger.warning("skipped %s", bad)
         return None
@@ -133,17 +135,20 @@ class TrainingDataset(torch.utils.data.Dataset[Any]):
     """Rows by number; to be pickled, sent to dataloader workers and shuffled.
 
     Args:
-        source: a .json or .jsonl file, a folder or Hub id that `datasets.load_dataset` reads, a list of these, a
-            loaded `datasets.Dataset`, or a list of dicts.
+        source: a .json, .jsonl, .parquet or .csv file, a folder or Hub id that `datasets.load_dataset` reads, a list
+            of these, a loaded `datasets.Dataset`, or a list of dicts.
         processor: a `VideoLlama3Processor`.
         split: of a folder or Hub id.
+        config_name: of a Hub id whose dataset has several configurations.
         options: as in `_RowReader`: `media_root`, `on_error`, `pixel_dtype`, `max_length`, `overflow`,
             `max_visual_tokens`, `stream_max_frames`, `add_system_prompt`, `seed`, `max_frames`, `fps`,
             `unpruned_share`, and options of the processor's call.
     """
 
-    def __init__(self, source: Any, processor: Any, *, split: str = "train", **options: Any) -> None:
-        self.rows = open_rows(source, split=split)
+    def __init__(
+        self, source: Any, processor: Any, *, split: str = "train", config_name: str | None = None, **options: Any
+    ) -> None:
+        self.rows = open_rows(source, split=split, config_name=config_name)
         self.reader = _RowReader(processor, **options)
         if len(self.rows) == 0:
             raise ValueError(f"Expected rows in {', '.join(part.label for part in self.rows.parts)}, got none.")
@@ -242,6 +247,7 @@ class StreamingTrainingDataset(torch.utils.data.IterableDataset[Any]):
         source: as in `TrainingDataset`, or a `datasets.IterableDataset`; Hub ids and folders are streamed.
         processor: a `VideoLlama3Processor`.
         split: of a folder or Hub id.
+        config_name: as in `TrainingDataset`.
         rank: of this process; that of torch.distributed by default.
         world_size: number of processes, likewise.
         options: as in `TrainingDataset`.
@@ -253,12 +259,13 @@ class StreamingTrainingDataset(torch.utils.data.IterableDataset[Any]):
         processor: Any,
         *,
         split: str = "train",
+        config_name: str | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         **options: Any,
     ) -> None:
         self.source = source
-        self.split = split
+        self.split, self.config_name = split, config_name
         self.reader = _RowReader(processor, **options)
         # Asked for here: dataloader workers do not belong to the process group.
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -272,11 +279,16 @@ class StreamingTrainingDataset(torch.utils.data.IterableDataset[Any]):
 
     def max_workers(self) -> int | None:
         """Workers of this process that get rows of their own: as many as there are shards; None: any number."""
-        return num_parts(self.source, split=self.split, rank=self.rank, world_size=self.world_size)
+        return num_parts(
+            self.source, split=self.split, config_name=self.config_name, rank=self.rank, world_size=self.world_size
+        )
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """The samples of this process, skipped rows left out; tensors as in `TrainingDataset`."""
-        for row in stream_rows(self.source, split=self.split, rank=self.rank, world_size=self.world_size):
+        rows = stream_rows(
+            self.source, split=self.split, config_name=self.config_name, rank=self.rank, world_size=self.world_size
+        )
+        for row in rows:
             read = functools.partial(self._read, row)
             sample = self.reader.sample(row.name, read, (self.reader.seed, zlib.crc32(row.name.encode())))
             if sample is not None:

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,11 @@ def run_recipe(
         ImportError: when a package that the recipe needs is missing.
     """
     _require("accelerate")
-    checkpoint = _checkpoint(recipe, resume)
+    if recipe.adapter is not None:
+        _require("peft")
+        if recipe.adapter.four_bit:
+            _require("bitsandbytes")
+    checkpoint = None if measure_for else _checkpoint(recipe, resume)
     processor = build_processor(recipe)
     train, held_out = _datasets(recipe, processor)
     # Made before anything else: it tells how many processes there are.
@@ -71,6 +76,11 @@ def run_recipe(
         lengths, rows = _lengths(recipe, train, arguments, progress, world_size=world_size)
     # Before training, too: a bad row of the held-out set is found before hours of work.
     held_out_lengths = None if held_out is None else _measure(recipe, held_out, arguments, progress, None)
+    if held_out is not None and held_out_lengths is not None:
+        # Raises where a sample does not fit into a row, or none is left.
+        _sampler(recipe, held_out_lengths, name=held_out.name)
+        if num_skipped := int((held_out_lengths[:, TOKENS] == 0).sum()):
+            logger.warning("left out %d of %d held-out samples, see above", num_skipped, len(held_out_lengths))
     if measure_for is not None:
         return {"num_train_samples": 0 if lengths is None else int((lengths[:, TOKENS] > 0).sum())}
     arguments.gradient_accumulation_steps = accumulation_steps(
@@ -96,13 +106,21 @@ def run_recipe(
         plan = _PlanInCheckpoints(trainer.plan_digest())
         plan.compare(checkpoint)
         trainer.add_callback(plan)
+    if checkpoint is None and arguments.should_save:
+        # What `output.overwrite` allows; not before all samples have been measured.
+        for path in Path(recipe.output.folder).glob("checkpoint-*"):
+            shutil.rmtree(path)
     trainer.train(resume_from_checkpoint=checkpoint)
     _save_final(recipe, trainer)
-    evaluation = trainer.evaluate() if held_out is not None else {}
-    trainer.save_state()
-    record = _record(recipe, trainer, lengths, rows, evaluation)
-    if arguments.should_save:
-        _write_record(recipe, record)
+    evaluation: dict[str, Any] = {}
+    try:
+        evaluation = trainer.evaluate() if held_out is not None else {}
+    finally:
+        # Whatever becomes of the evaluation, the model is trained.
+        trainer.save_state()
+        record = _record(recipe, trainer, lengths, rows, evaluation)
+        if arguments.should_save:
+            _write_record(recipe, record)
     trainer.accelerator.wait_for_everyone()
     return record
 
@@ -127,7 +145,6 @@ def build_model(recipe: Recipe) -> Any:
     if recipe.model.attention is not None:
         options["attn_implementation"] = recipe.model.attention
     if recipe.adapter is not None and recipe.adapter.four_bit:
-        _require("bitsandbytes")
         options.update(quantization_config=four_bit_config(), dtype=torch.bfloat16)
     model = _load_model(recipe, **options)
     if recipe.adapter is not None:
@@ -168,7 +185,9 @@ def accumulation_steps(
         return recipe.batch.gradient_accumulation_steps or 1
     sampler = _sampler(recipe, lengths, name=name)
     samples_per_row = sampler.num_samples / sampler.num_packs
-    return max(1, round(recipe.batch.samples_per_update / samples_per_row / world_size))
+    # No more than there are: an update would read the same ones again.
+    samples_per_update = min(recipe.batch.samples_per_update, sampler.num_samples)
+    return max(1, round(samples_per_update / samples_per_row / world_size))
 
 
 def _datasets(recipe: Recipe, processor: Any) -> tuple[Any, Any]:
@@ -185,9 +204,12 @@ def _datasets(recipe: Recipe, processor: Any) -> tuple[Any, Any]:
         "seed": recipe.schedule.seed,
         "fps": data.fps,
         "max_frames": data.max_frames,
+        "stream_max_frames": data.stream_max_frames,
         "unpruned_share": recipe.model.unpruned_share,
     }
-    held_out = TrainingDataset(list(data.eval), processor, **options) if data.eval else None
+    options["config_name"] = data.config_name
+    held_out = TrainingDataset(list(data.eval), processor, split=data.eval_split, **options) if data.eval else None
+    options["split"] = data.split
     if data.streaming:
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         source: Any = data.train[0] if len(data.train) == 1 else list(data.train)
@@ -282,6 +304,13 @@ def _length_folder(recipe: Recipe) -> str:
 
 def _checkpoint(recipe: Recipe, resume: str | bool) -> str | None:
     if not resume:
+        old = sorted(path.name for path in Path(recipe.output.folder).glob("checkpoint-*"))
+        if old and not recipe.output.overwrite:
+            raise ValueError(
+                f"Expected an output folder without checkpoints for a run that begins anew, got {', '.join(old)} in "
+                f"{recipe.output.folder}, which a later --resume would take for its own: pass --resume to go on from "
+                "the last one, choose another output.folder, or pass output.overwrite=true to delete them."
+            )
         return None
     place = resume if isinstance(resume, str) else recipe.output.folder
     last = last_checkpoint(place) if resume is True else (place if _is_complete(Path(place)) else None)
