@@ -144,8 +144,8 @@ def test_autocast_on_float32_weights_reaches_the_kernel_in_half_precision(instal
     assert set(given) == {(torch.bfloat16,) * 3}
     assert set(asked) == {torch.bfloat16}
     for got, want in zip(packed, single, strict=True):
-        # Two roundings to bfloat16 of logits up to 0.43.
-        torch.testing.assert_close(got, want, atol=5e-3, rtol=0)
+        # Measured 2e-3 of 0.43: one step of bfloat16 there.
+        torch.testing.assert_close(got, want, atol=4e-3, rtol=0)
     sum(logits.float().square().sum() for logits in packed).backward()
     assert all(weights.grad is not None for weights in model.model.language_model.layers.parameters())
 
