@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.training.tiny_task import write_checkpoint, write_rows
 
-from .launch import ROOT
+from .launch import ROOT, start
 
 
 def _train(folder, overrides, *, processes):
@@ -74,3 +74,11 @@ def test_two_processes_equal_one(tmp_path):
     for name, weight in weights.items():
         torch.testing.assert_close(other_weights[name], weight, atol=1e-5, rtol=0, msg=name)
     assert (tmp_path / "two" / "README.md").is_file()
+
+
+@pytest.mark.slow
+def test_a_process_waits_for_lengths_as_long_as_it_takes(tmp_path):
+    """Longer than the group that computes would: 6 against 2 seconds."""
+    told = json.loads(start("slow_measuring.py", tmp_path, {}, processes=2, timeout=200).read_text())
+    assert told[0] == told[1]
+    assert all(length[0] > 0 for length in told[0])

@@ -263,20 +263,26 @@ def test_tables_and_folders_have_their_media_beside_them(tiny, tmp_path, monkeyp
 
 
 def test_another_split_and_configuration(tiny, tmp_path, monkeypatch):
+    """A folder laid out as a repository of the Hub, its configurations in the head of its README."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    asked = []
-    table = datasets.Dataset.from_list([{"conversations": qa("A")["conversations"]}])
-
-    def load_dataset(path, name=None, *, split, streaming):
-        asked.append((path, name, split))
-        return table.to_iterable_dataset() if streaming else table
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    TrainingDataset("org/set", tiny, split="validation", config_name="short")
-    list(StreamingTrainingDataset("org/set", tiny, split="validation", config_name="short"))
-    TrainingDataset("org/set", tiny)
-    assert asked == [("org/set", "short", "validation")] * 2 + [("org/set", None, "train")]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    head = ["---", "configs:"]
+    for config_name in ("short", "long"):
+        head += [f"- config_name: {config_name}", "  data_files:"]
+        for split in ("train", "validation"):
+            path = f"{config_name}-{split}.parquet"
+            table = datasets.Dataset.from_list([{"conversations": qa(f"{config_name} {split}")["conversations"]}])
+            table.to_parquet(str(folder / path))
+            head += [f"  - split: {split}", f"    path: {path}"]
+    (folder / "README.md").write_text("\n".join([*head, "---", ""]))
+    for config_name in ("short", "long"):
+        for split in ("train", "validation"):
+            choice = {"split": split, "config_name": config_name}
+            assert answer(TrainingDataset(folder, tiny, **choice)[0], tiny) == f"{config_name} {split}"
+            (streamed,) = StreamingTrainingDataset(folder, tiny, **choice)
+            assert answer(streamed, tiny) == f"{config_name} {split}"
 
 
 def test_picture_columns_are_not_decoded_by_datasets(tiny, tmp_path):

@@ -28,7 +28,7 @@ _SKIPPED = -1
 # What was measured is kept this often, so that a killed run, or one that meets a bad row, does not begin anew.
 _SECONDS_BETWEEN_FILES = 60.0
 # Processes wait for the one that measures for as long as it takes.
-_PATIENCE = datetime.timedelta(days=30)
+_PATIENCE = datetime.timedelta(days=7)
 # Tells the choice of rows from what else is drawn by the same seed.
 _CHOICE_OF_ROWS = (0, 0, 1)
 
@@ -96,9 +96,10 @@ def shared_lengths(dataset: Any, arguments: Any, **options: Any) -> Lengths:
     """
     if arguments.world_size == 1:
         return sample_lengths(dataset, **options)
-    told = [sample_lengths(dataset, **options) if arguments.process_index == 0 else None]
-    # The others wait here; by the group that computes they would give up after half an hour.
+    # Made before the one measures, as all have to come together for it; in the group that computes, the others would
+    # give up after half an hour.
     group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    told = [sample_lengths(dataset, **options) if arguments.process_index == 0 else None]
     torch.distributed.broadcast_object_list(told, src=0, group=group)
     torch.distributed.destroy_process_group(group)
     assert told[0] is not None

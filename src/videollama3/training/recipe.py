@@ -19,6 +19,7 @@ from typing import Any, Literal
 import yaml  # type: ignore[import-untyped]
 
 from .packing import WINDOW
+from .row_sources import FILE_SUFFIXES
 
 # The one optimizer that transformers does not name.
 MUON = "muon"
@@ -330,8 +331,8 @@ def _check_ranges(recipe: Recipe) -> None:
 
 
 def _check_held_out(data: DataRecipe) -> None:
-    """A Hub id or folder is read in both lists, but not the same split of it."""
-    both = [name for name in data.eval if name in data.train and not os.path.isfile(name)]
+    """The same file in both lists is somebody's wish; the same split of a Hub id or folder is a split not named."""
+    both = [name for name in data.eval if name in data.train and not name.endswith(FILE_SUFFIXES)]
     if both and data.split == data.eval_split:
         raise ValueError(
             f"Expected other rows in data.eval than in data.train, got the split {data.split!r} of {both[0]} in both: "

@@ -25,6 +25,8 @@ import numpy.typing as npt
 _JSON_SUFFIXES = (".json", ".jsonl")
 # Other files, and which builder of `datasets` reads them.
 _TABLES = {".parquet": "parquet", ".csv": "csv"}
+# What names a file; everything else is a folder or a Hub id.
+FILE_SUFFIXES = (*_JSON_SUFFIXES, *_TABLES)
 
 
 class JsonLines:
@@ -293,7 +295,7 @@ def _load_dataset(path: str, split: str, config_name: str | None, *, streaming: 
         raise FileNotFoundError(f"Expected rows in {path!r}, got no such file.")
     if os.path.isfile(path) and suffix not in _TABLES:
         raise ValueError(
-            f"Expected rows as a file that ends in {', '.join((*_JSON_SUFFIXES, *_TABLES))}, a folder or a Hub id, "
+            f"Expected rows as a file that ends in {', '.join(FILE_SUFFIXES)}, a folder or a Hub id, "
             f"got the file {path!r}."
         )
     if os.path.isdir(path) and not glob.glob(os.path.join(glob.escape(path), "**", "*.*"), recursive=True):

@@ -278,7 +278,7 @@ class StreamingTrainingDataset(torch.utils.data.IterableDataset[Any]):
         return self.reader.skipped
 
     def max_workers(self) -> int | None:
-        """Workers of this process that get rows of their own: as many as there are shards; None: any number."""
+        """Workers of this process that get rows of their own: as many as shards, or rows; None: any number."""
         return num_parts(
             self.source, split=self.split, config_name=self.config_name, rank=self.rank, world_size=self.world_size
         )

@@ -108,7 +108,7 @@ def run_recipe(
         trainer.add_callback(plan)
     if checkpoint is None and arguments.should_save:
         # What `output.overwrite` allows; not before all samples have been measured.
-        for path in Path(recipe.output.folder).glob("checkpoint-*"):
+        for path in _checkpoints(recipe.output.folder).values():
             shutil.rmtree(path)
     trainer.train(resume_from_checkpoint=checkpoint)
     _save_final(recipe, trainer)
@@ -304,7 +304,7 @@ def _length_folder(recipe: Recipe) -> str:
 
 def _checkpoint(recipe: Recipe, resume: str | bool) -> str | None:
     if not resume:
-        old = sorted(path.name for path in Path(recipe.output.folder).glob("checkpoint-*"))
+        old = [path.name for path in _checkpoints(recipe.output.folder).values()]
         if old and not recipe.output.overwrite:
             raise ValueError(
                 f"Expected an output folder without checkpoints for a run that begins anew, got {', '.join(old)} in "
@@ -323,12 +323,15 @@ def _checkpoint(recipe: Recipe, resume: str | bool) -> str | None:
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """The newest complete checkpoint of a run, None without one; what a killed run was just writing is passed over."""
-    numbered = {}
-    for path in Path(folder).glob("checkpoint-*"):
-        number = path.name.partition("-")[2]
-        if number.isdigit() and _is_complete(path):
-            numbered[int(number)] = path
-    return str(numbered[max(numbered)]) if numbered else None
+    complete = [path for path in _checkpoints(folder).values() if _is_complete(path)]
+    return str(complete[-1]) if complete else None
+
+
+def _checkpoints(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """Folders that Trainer writes, by their update, in order; a "checkpoint-best" is somebody else's."""
+    paths = [path for path in Path(folder).glob("checkpoint-*") if path.is_dir()]
+    numbers = {path: path.name.partition("-")[2] for path in paths}
+    return dict(sorted((int(number), path) for path, number in numbers.items() if number.isdigit()))
 
 
 def _is_complete(checkpoint: Path) -> bool:
