@@ -1,5 +1,6 @@
 """A cache that grows in place holds what transformers' own holds, and forks never see each other's tokens."""
 
+import itertools
 import threading
 
 import pytest
@@ -66,13 +67,15 @@ def test_forks_that_append_and_take_back_hold_what_copies_would(data):
 
 def test_room_doubles_up_to_the_limit_and_tokens_stay_in_place():
     cache = GrowingCache(1, max_tokens=900)
-    places, rooms = set(), []
+    places, rooms = [], []
     for seed in range(60):
         cache.update(*new_tokens(15, seed), 0)
-        places.add(cache.layers[0].keys.data_ptr())
+        places.append(cache.layers[0].keys.data_ptr())
         rooms.append(cache.allocated_bytes // (2 * HEADS * WIDTH * 4))
     assert sorted(set(rooms)) == [256, 510, 900]
-    assert len(places) == 3
+    # While it grows both are held, so the places differ; a place freed two steps ago may come again.
+    moved, grown = ([a != b for a, b in itertools.pairwise(values)] for values in (places, rooms))
+    assert moved == grown
     assert cache.used_bytes == cache.allocated_bytes == 2 * HEADS * WIDTH * 4 * 900
 
 
