@@ -11,7 +11,9 @@ from PIL import Image
 from tests.conftest import GOLDEN
 from tests.media import numbered_picture, write_clip
 from videollama3.cli import main
-from videollama3.training.dataset_report import ModelSize, cost_picture, measure_cost
+from videollama3.random_checkpoint import build_random
+from videollama3.training.dataset_report import cost_picture, measure_cost
+from videollama3.training.step_memory import ModelSize, StepMemory
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,95 @@ def test_costs_by_hand():
     assert (cost.visual_tokens, cost.kept_tokens, cost.video_tokens) == (30, 21, 18)
     assert cost.pruned_share == 0.5
     assert cost.pixel_bytes == 84 * 588
-    size = ModelSize(hidden_size=8, num_layers=3, vision_hidden_size=4, vision_num_layers=5, vocab_size=100)
-    assert size.checkpoint_bytes(cost) == 2 * (40 * 8 * 3 + 84 * 4 * 5)
-    assert size.logits_bytes(cost) == 2 * 4 * 5 * 100
-    assert np.asarray(cost_picture([cost], size)).shape == (780, 920, 3)
+    size = ModelSize(
+        hidden_size=8,
+        intermediate_size=16,
+        num_layers=3,
+        vision_hidden_size=4,
+        vision_intermediate_size=8,
+        vision_num_layers=5,
+        vocab_size=100,
+    )
+    assert np.asarray(cost_picture([cost], StepMemory(size))).shape == (780, 920, 3)
+
+
+@pytest.fixture
+def recipe(rows, tmp_path):
+    """The good rows trained on, the bad ones held out, in rows of at most 200 tokens."""
+    model, processor = build_random()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    settings = {
+        "model": {"path": str(tmp_path / "model"), "prune": False},
+        "data": {"train": [str(rows / "good.json")], "max_length": 200},
+        "rates": {"projector": 1e-3, "llm": 1e-3},
+        "batch": {"samples_per_update": 4},
+        "output": {"folder": str(tmp_path / "out")},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    return tmp_path / "recipe.yaml", model
+
+
+def test_check_of_a_recipe_reads_as_it_does_and_says_what_a_step_holds(rows, recipe, capsys):
+    path, model = recipe
+    assert main(["data", "check", str(path)]) == 0
+    captured = capsys.readouterr()
+    out = captured.out
+    assert "No --model" not in captured.err
+    assert "4 rows, 0 bad, 4 measured" in out
+    assert "pruned: 0 of 84" in out
+    tokens = int(line(out, "tokens")[-1])
+    assert "packed: 2 rows of at most 200 tokens; an update of one process has 2" in out
+    packed = out[out.index("per packed row") :]
+    assert line(packed, "samples")[-1] == "4"
+    assert line(packed, "tokens")[-1] == str(tokens)
+    assert float(line(packed, "tokens")[3]) <= 200
+    count = sum(weights.numel() for weights in model.parameters())
+    trained = count - sum(weights.numel() for weights in model.model.vision_model.parameters())
+    mib = [f"{times * number / 2**20:.0f}" for times, number in ((4, count), (4, trained), (8, trained))]
+    assert "held all the time, MiB: weights {}, gradients {}, moments {}".format(*mib) in out
+    assert not (path.parent / "out").exists()
+
+    # Settings behind it count, the rows held out are looked at too, and bad ones fail.
+    held_out = f"data.eval=[{rows / 'bad.json'}]"
+    assert main(["data", "check", str(path), "model.prune=true", "data.max_length=400", held_out]) == 1
+    captured = capsys.readouterr()
+    assert "packed: 1 rows of at most 400 tokens" in captured.out
+    assert "pruned: 0 of 84" not in captured.out
+    assert "held out: 7 rows, 3 bad, 4 measured" in captured.out
+    assert captured.err.splitlines()[-1] == "videollama3 data: Expected good rows only, got 3 bad of 11, listed above."
+
+
+def test_show_reads_a_recipes_rows_too(recipe, capsys):
+    path, _ = recipe
+    assert main(["data", "show", str(path), "data.max_frames=1", "--row", "2"]) == 0
+    assert "Time 0.0s:<|video_pad|> x 21" in capsys.readouterr().out
+
+
+def test_recipes_of_the_package_are_checked_by_name(rows, recipe, capsys):
+    settings = [f"model.path={recipe[0].parent / 'model'}", f"data.train=[{rows / 'good.json'}]", "output.folder=none"]
+    assert main(["data", "check", "stage4", *settings]) == 0
+    out = capsys.readouterr().out
+    # Images are merged 2 x 2 in stage 4, where this one takes 8 x 10 patches to have 16 tokens at least.
+    assert line(out, "visual tokens")[-1] == str(84 + 20)
+    assert "together with the largest step: about" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RECIPE", "--max-length", "9"], "(data.max_length=..., model.path=...), got --max-length."),
+        (["RECIPE", "--model", "x"], "got --model."),
+        (
+            ["RECIPE", "data.streaming=true", "schedule.max_steps=1", "batch.gradient_accumulation_steps=1"],
+            "has an end",
+        ),
+        (["RECIPE", "data.max_lenght=9"], "did you mean max_length"),
+        (["RECIPE", "data.train=[a"], "Expected the value of data.train in YAML, got '[a'"),
+        (["GOOD", "data.max_length=9"], "Expected KEY=VALUE behind a recipe only, got 'data.max_length=9' behind"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(rows, recipe, capsys, arguments, message):
+    places = {"RECIPE": str(recipe[0]), "GOOD": str(rows / "good.json")}
+    assert main(["data", "check", *(places.get(argument, argument) for argument in arguments)]) == 1
+    assert message in capsys.readouterr().err

@@ -1,21 +1,40 @@
 """The `videollama3 data` command: `check` a training set without training, `show` what is learnt of a row.
 
 Command-line arguments enter, tables, coloured text and a picture leave; the work is done in `training_dataset.py`,
-`dataset_report.py` and `sample_view.py`.
+`dataset_report.py` and `sample_view.py`. A file of rows is read with the options given, a recipe's data with its own
+settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..terminal import positive_int, progress_bar, quiet_progress_bars
+
+if TYPE_CHECKING:
+    from .dataset_report import SampleCost
+    from .step_memory import StepMemory
 
 _RANDOM_NOTICE = (
     "No --model was given: tokens are those of a tiny random model with one token per byte, so that texts count "
     "for more than they will. Pass --model FOLDER_OR_REPO for true numbers."
+)
+# Of a file of rows; a recipe has settings of its own.
+_OPTIONS = (
+    "split",
+    "config_name",
+    "media_root",
+    "max_length",
+    "overflow",
+    "max_visual_tokens",
+    "max_frames",
+    "fps",
+    "add_system_prompt",
 )
 
 
@@ -35,42 +54,68 @@ def add_parser(commands: Any) -> None:
     show.set_defaults(run=run_show)
 
     for action in (check, show):
-        action.add_argument("file", metavar="FILE", help=".json or .jsonl, or what `datasets` reads")
-        action.add_argument("--split", default="train", help="of a dataset that is not a file (default train)")
+        action.add_argument(
+            "file",
+            metavar="FILE",
+            help=".json or .jsonl, or what `datasets` reads; or a recipe (.yaml, or stage4, lora, ...): its data",
+        )
+        action.add_argument(
+            "overrides", nargs="*", metavar="KEY=VALUE", help="settings instead of the recipe's, as for `train`"
+        )
+        action.add_argument("--split", help="of a dataset that is not a file (default train)")
         action.add_argument("--config-name", metavar="NAME", help="of a Hub dataset with several configurations")
         action.add_argument("--model", metavar="FOLDER_OR_REPO", help="checkpoint whose processor to use")
         action.add_argument(
             "--media-root", metavar="FOLDER", help="where relative paths start (default: FILE's folder)"
         )
-        action.add_argument("--max-length", type=positive_int, default=16384, metavar="N", help="tokens of a sample")
+        action.add_argument("--max-length", type=positive_int, metavar="N", help="tokens of a sample (default 16384)")
         action.add_argument(
-            "--overflow",
-            choices=("raise", "truncate", "skip"),
-            default="raise",
-            help="of longer samples (default raise)",
+            "--overflow", choices=("raise", "truncate", "skip"), help="of longer samples (default raise)"
         )
         action.add_argument(
-            "--max-visual-tokens", type=positive_int, default=10240, metavar="N", help="before pruning"
+            "--max-visual-tokens", type=positive_int, metavar="N", help="before pruning (default 10240)"
         )
-        action.add_argument("--max-frames", type=positive_int, default=180, metavar="N", help="of a video")
+        action.add_argument("--max-frames", type=positive_int, metavar="N", help="of a video (default 180)")
         action.add_argument("--fps", type=float, metavar="N", help="sampled frames per second (default 1)")
         action.add_argument(
-            "--system-prompt", action="store_true", help="put the released models' system prompt first"
+            "--system-prompt",
+            dest="add_system_prompt",
+            action="store_true",
+            default=None,
+            help="put the released models' system prompt first",
         )
         action.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
 
 
 def run_check(options: argparse.Namespace) -> None:
-    """Lists bad rows and prints the table.
+    """Lists bad rows and prints the tables; of a recipe, those of its held-out rows too.
 
     Raises:
         ValueError: when there are bad rows.
     """
-    from .dataset_report import cost_picture, cost_table, measure_cost
-
     quiet_progress_bars()
-    processor, size = _load(options.model)
-    dataset = _dataset(options, processor, on_error="skip")
+    task = _task(options, on_error="skip")
+    costs, bad, count = _check(options.file, task.train, task, options)
+    if costs and task.recipe is not None:
+        _print_rows(task, costs)
+    if costs and options.output:
+        from .dataset_report import cost_picture
+
+        picture = cost_picture(costs, task.memory)
+        picture.save(options.output)
+        print(f"wrote {options.output} ({picture.width} x {picture.height})")
+    if task.held_out is not None:
+        print()
+        _, more, more_rows = _check("held out", task.held_out, task, options)
+        bad, count = bad + more, count + more_rows
+    if bad:
+        raise ValueError(f"Expected good rows only, got {bad} bad of {count}, listed above.")
+
+
+def _check(title: str, dataset: Any, task: _Task, options: argparse.Namespace) -> tuple[list[SampleCost], int, int]:
+    """Costs of the rows measured, how many are bad, and how many there are; prints both."""
+    from .dataset_report import cost_table, measure_cost
+
     with progress_bar("checking", unit="row") as progress:
         bad = dataset.check_rows(progress)
     failed = {row.name for row in bad}
@@ -87,17 +132,32 @@ def run_check(options: argparse.Namespace) -> None:
     left_out = [row for row in dataset.skipped if row.too_long]
     bad += [row for row in dataset.skipped if not row.too_long]
     more = f", {len(left_out)} left out as too long" if left_out else ""
-    print(f"{options.file}: {len(dataset)} rows, {len(bad)} bad{more}, {len(costs)} measured")
+    print(f"{title}: {len(dataset)} rows, {len(bad)} bad{more}, {len(costs)} measured")
     if costs:
-        print(cost_table(costs, size))
-    if costs and options.output:
-        picture = cost_picture(costs, size)
-        picture.save(options.output)
-        print(f"wrote {options.output} ({picture.width} x {picture.height})")
+        print(cost_table(costs, task.memory))
     for row in [*left_out, *bad]:
         print(row, file=sys.stderr)
-    if bad:
-        raise ValueError(f"Expected good rows only, got {len(bad)} bad of {len(dataset)}, listed above.")
+    return costs, len(bad), len(dataset)
+
+
+def _print_rows(task: _Task, costs: list[SampleCost]) -> None:
+    """How the recipe packs the samples measured, and what its steps hold."""
+    from .dataset_report import lengths_of, rows_table
+    from .step_memory import HeldMemory
+    from .training_run import accumulation_steps, packing_sampler, trained_shape
+
+    recipe = task.recipe
+    lengths = lengths_of(costs)
+    packs = packing_sampler(recipe, lengths).plan(0)
+    rows = accumulation_steps(recipe, lengths, world_size=1)
+    print(f"packed: {len(packs)} rows of at most {recipe.data.max_length} tokens; an update of one process has {rows}")
+    four_bit = recipe.adapter is not None and recipe.adapter.four_bit
+    held = None if four_bit else HeldMemory.of(trained_shape(recipe))
+    print(rows_table(packs, costs, task.memory, held))
+    if four_bit:
+        print("What weights in 4 bits take is not estimated.")
+    if not recipe.model.gradient_checkpointing:
+        print("The recipe has no gradient checkpointing: its steps hold the activations of all layers, far more.")
 
 
 def run_show(options: argparse.Namespace) -> None:
@@ -105,8 +165,8 @@ def run_show(options: argparse.Namespace) -> None:
     from .sample_view import message_table, show_sequence
 
     quiet_progress_bars()
-    processor, _ = _load(options.model)
-    dataset = _dataset(options, processor, on_error="raise")
+    task = _task(options, on_error="raise")
+    dataset, processor = task.train, task.processor
     if not 0 <= options.row < len(dataset):
         raise ValueError(f"Expected --row from 0 to {len(dataset) - 1}, got {options.row}.")
     sample = dataset[options.row]
@@ -125,40 +185,81 @@ def _use_color(choice: str) -> bool:
     return choice == "always"
 
 
-def _dataset(options: argparse.Namespace, processor: Any, *, on_error: Any) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What is looked at: rows, the processor that reads them, the memory of a step; the recipe that says so."""
+
+    train: Any
+    held_out: Any
+    processor: Any
+    memory: StepMemory
+    recipe: Any = None
+
+
+def _task(options: argparse.Namespace, *, on_error: Any) -> _Task:
+    given = {name: getattr(options, name) for name in _OPTIONS if getattr(options, name) is not None}
+    if _is_recipe(options.file):
+        if given or options.model is not None:
+            raise ValueError(
+                f"Expected settings of the recipe {options.file} as KEY=VALUE behind it (data.max_length=..., "
+                f"model.path=...), got {', '.join('--' + name.replace('_', '-') for name in given) or '--model'}."
+            )
+        return _task_of_recipe(options, on_error=on_error)
+    if options.overrides:
+        raise ValueError(
+            f"Expected KEY=VALUE behind a recipe only, got {options.overrides[0]!r} behind {options.file!r}, which is "
+            "neither a .yaml file nor the name of a recipe."
+        )
+    return _task_of_file(options, given, on_error=on_error)
+
+
+def _is_recipe(name: str) -> bool:
+    from .recipe import recipe_names
+
+    return name.endswith((".yaml", ".yml")) or (name in recipe_names() and not Path(name).exists())
+
+
+def _task_of_recipe(options: argparse.Namespace, *, on_error: Any) -> _Task:
+    from ..modeling.configuration_videollama3 import VideoLlama3Config
+    from .recipe import load_recipe
+    from .step_memory import ModelSize, StepMemory
+    from .training_run import build_processor, open_datasets
+
+    recipe = load_recipe(options.file, options.overrides)
+    if recipe.data.streaming:
+        raise ValueError(
+            "Expected data that has an end to look at, got data.streaming=true: pass data.streaming=false, or a file "
+            "of some of the rows."
+        )
+    processor = build_processor(recipe)
+    read = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, on_error=on_error))
+    train, held_out = open_datasets(read, processor)
+    memory = StepMemory(
+        ModelSize.of(VideoLlama3Config.from_pretrained(recipe.model.path)),
+        bf16=recipe.schedule.precision == "bf16",
+        encoder_learns=bool(recipe.rates.encoder),
+    )
+    return _Task(train, held_out, processor, memory, recipe)
+
+
+def _task_of_file(options: argparse.Namespace, given: dict[str, Any], *, on_error: Any) -> _Task:
+    from .step_memory import ModelSize, StepMemory
     from .training_dataset import TrainingDataset
 
-    return TrainingDataset(
-        options.file,
-        processor,
-        split=options.split,
-        config_name=options.config_name,
-        media_root=options.media_root,
-        on_error=on_error,
-        max_length=options.max_length,
-        overflow=options.overflow,
-        max_visual_tokens=options.max_visual_tokens,
-        max_frames=options.max_frames,
-        fps=options.fps,
-        add_system_prompt=options.system_prompt,
-    )
-
-
-def _load(model: str | None) -> tuple[Any, Any]:
-    """The processor, and the size of the model that it belongs to."""
-    from .dataset_report import ModelSize
-
-    if model is None:
+    if options.model is None:
         from ..random_checkpoint import build_random
 
         print(_RANDOM_NOTICE, file=sys.stderr)
         network, processor = build_random()
-        return processor, ModelSize.of(network.config)
-    from ..modeling.configuration_videollama3 import VideoLlama3Config
-    from ..processing.processing_videollama3 import VideoLlama3Processor
+        config = network.config
+    else:
+        from ..modeling.configuration_videollama3 import VideoLlama3Config
+        from ..processing.processing_videollama3 import VideoLlama3Processor
 
-    processor = VideoLlama3Processor.from_pretrained(model)
-    return processor, ModelSize.of(VideoLlama3Config.from_pretrained(model))
+        processor = VideoLlama3Processor.from_pretrained(options.model)
+        config = VideoLlama3Config.from_pretrained(options.model)
+    dataset = TrainingDataset(options.file, processor, on_error=on_error, **given)
+    return _Task(dataset, None, processor, StepMemory(ModelSize.of(config)))
 
 
 def _spread(rows: list[int], count: int | None) -> list[int]:

@@ -1,20 +1,21 @@
-"""What a training set will cost: figures per sample, a table, and a picture of their distributions.
+"""What a training set will cost: figures per sample and per packed row, tables, and a picture of distributions.
 
 Samples and the rows that they come from enter; text and a PIL image leave. Reading them is left to
-`training_dataset.py`, the command line to `data_command.py`.
+`training_dataset.py`, bytes to `step_memory.py`, the command line to `data_command.py`.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .packing import Lengths
+from .step_memory import HeldMemory, StepMemory
 from .supervised_samples import IGNORED
 
 _PANEL_WIDTH, _PANEL_HEIGHT, _MARGIN, _BINS = 460, 260, 40, 32
@@ -54,43 +55,6 @@ class SampleCost:
         return (self.visual_tokens - self.kept_tokens) / self.video_tokens if self.video_tokens else 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelSize:
-    """What of a model decides the memory of a training step.
-
-    Attributes:
-        hidden_size: of the language model.
-        num_layers: of the language model.
-        vision_hidden_size: of the encoder.
-        vision_num_layers: of the encoder.
-        vocab_size: of the language model.
-    """
-
-    hidden_size: int
-    num_layers: int
-    vision_hidden_size: int
-    vision_num_layers: int
-    vocab_size: int
-
-    @classmethod
-    def of(cls, config: Any) -> ModelSize:
-        """From a `VideoLlama3Config`."""
-        text, vision = config.text_config, config.vision_config
-        return cls(
-            text.hidden_size, text.num_hidden_layers, vision.hidden_size, vision.num_hidden_layers, text.vocab_size
-        )
-
-    def checkpoint_bytes(self, cost: SampleCost) -> int:
-        """Inputs of all layers, which gradient checkpointing keeps for the way back, in bf16."""
-        language = cost.tokens * self.hidden_size * self.num_layers
-        vision = cost.patches * self.vision_hidden_size * self.vision_num_layers
-        return 2 * (language + vision)
-
-    def logits_bytes(self, cost: SampleCost) -> int:
-        """Logits where there are labels, and their gradient, in float32."""
-        return 2 * 4 * cost.supervised * self.vocab_size
-
-
 def measure_cost(sample: dict[str, torch.Tensor], kind: str) -> SampleCost:
     """Figures of one sample of a `TrainingDataset`."""
     frames = patches = visual = video = pixel_bytes = 0
@@ -120,16 +84,21 @@ def measure_cost(sample: dict[str, torch.Tensor], kind: str) -> SampleCost:
     )
 
 
-def cost_table(costs: Sequence[SampleCost], size: ModelSize) -> str:
+def lengths_of(costs: Sequence[SampleCost]) -> Lengths:
+    """What packing reads, int64 (samples, 3): tokens, patches, visual tokens before pruning."""
+    return np.array([(cost.tokens, cost.patches, cost.visual_tokens) for cost in costs], dtype=np.int64)
+
+
+def cost_table(costs: Sequence[SampleCost], memory: StepMemory) -> str:
     """The figures of all samples as text.
 
     Args:
         costs: at least one.
-        size: of the model that will be trained.
+        memory: of a step of the model that will be trained.
     """
     kinds = collections.Counter(cost.kind for cost in costs)
     lines = [f"{len(costs)} samples: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())]
-    lines.append(f"{'per sample':<26}{'min':>10}{'median':>10}{'p95':>10}{'max':>10}{'sum':>14}")
+    lines.append(_table_head("per sample"))
     rows: list[tuple[str, Callable[[SampleCost], float]]] = [
         ("tokens", lambda cost: cost.tokens),
         ("supervised tokens", lambda cost: cost.supervised),
@@ -138,8 +107,10 @@ def cost_table(costs: Sequence[SampleCost], size: ModelSize) -> str:
         ("visual tokens", lambda cost: cost.visual_tokens),
         ("kept visual tokens", lambda cost: cost.kept_tokens),
         ("pixels, MiB", lambda cost: cost.pixel_bytes / _MIB),
-        ("layer inputs, MiB", lambda cost: size.checkpoint_bytes(cost) / _MIB),
-        ("logits, MiB", lambda cost: size.logits_bytes(cost) / _MIB),
+        ("layer inputs, MiB", lambda cost: memory.layer_inputs(cost.tokens, cost.patches) / _MIB),
+        ("layer at work, MiB", lambda cost: memory.layer_at_work(cost.tokens, cost.patches) / _MIB),
+        ("logits, MiB", lambda cost: memory.logits(cost.supervised) / _MIB),
+        ("a step of it alone, MiB", lambda cost: _step_bytes([cost], memory) / _MIB),
     ]
     for name, figure in rows:
         lines.append(_table_row(name, [figure(cost) for cost in costs]))
@@ -147,14 +118,52 @@ def cost_table(costs: Sequence[SampleCost], size: ModelSize) -> str:
     pruned = sum(cost.visual_tokens - cost.kept_tokens for cost in costs)
     if video:
         lines.append(f"pruned: {pruned} of {video} tokens of videos, {pruned / video:.1%}")
-    lines += [
-        "pixels: the tensors' own bytes; layer inputs (kept by gradient checkpointing, bf16): 2 B x (tokens x "
-        f"{size.hidden_size} x {size.num_layers} layers + patches x {size.vision_hidden_size} x "
-        f"{size.vision_num_layers} layers);",
-        f"logits with their gradient: 2 x 4 B x supervised tokens x {size.vocab_size}. A step also holds weights, "
-        "gradients, the optimizer and one layer at work.",
-    ]
+    lines.append(
+        "MiB are estimates for gradient checkpointing, beside weights, gradients and the optimizer's moments "
+        "(docs/finetuning.md)."
+    )
     return "\n".join(lines)
+
+
+def rows_table(
+    packs: Sequence[Sequence[int]], costs: Sequence[SampleCost], memory: StepMemory, held: HeldMemory | None
+) -> str:
+    """The figures of packed rows as text, each of which is a step of one process.
+
+    Args:
+        packs: numbers of the samples of each row.
+        costs: of the samples.
+        memory: of a step.
+        held: between steps; None where it is not known.
+    """
+    rows = [[costs[i] for i in pack] for pack in packs]
+    steps = [_step_bytes(row, memory) for row in rows]
+    lines = [_table_head("per packed row"), _table_row("samples", [len(row) for row in rows])]
+    for name, field in (
+        ("tokens", "tokens"),
+        ("supervised tokens", "supervised"),
+        ("patches", "patches"),
+        ("visual tokens", "visual_tokens"),
+    ):
+        lines.append(_table_row(name, [sum(getattr(cost, field) for cost in row) for row in rows]))
+    lines.append(_table_row("a step, MiB", [step / _MIB for step in steps]))
+    if held is not None:
+        parts = ((name, getattr(held, name) / _MIB) for name in ("weights", "gradients", "moments"))
+        lines.append("held all the time, MiB: " + ", ".join(f"{name} {size:.0f}" for name, size in parts))
+        lines.append(f"together with the largest step: about {(held.whole + max(steps)) / _MIB:.0f} MiB a process")
+    return "\n".join(lines)
+
+
+def _step_bytes(costs: Iterable[SampleCost], memory: StepMemory) -> int:
+    """Of a step on samples in one row."""
+    costs = list(costs)
+    tokens, patches = sum(cost.tokens for cost in costs), sum(cost.patches for cost in costs)
+    whole = memory.whole(tokens, patches, sum(cost.supervised for cost in costs))
+    return whole + sum(cost.pixel_bytes for cost in costs)
+
+
+def _table_head(title: str) -> str:
+    return f"{title:<26}{'min':>10}{'median':>10}{'p95':>10}{'max':>10}{'sum':>14}"
 
 
 def _table_row(name: str, values: Sequence[float]) -> str:
@@ -170,12 +179,12 @@ def _table_row(name: str, values: Sequence[float]) -> str:
     return f"{name:<26}" + "".join(f"{text:>10}" for text in texts[:4]) + f"{texts[4]:>14}"
 
 
-def cost_picture(costs: Sequence[SampleCost], size: ModelSize) -> Image.Image:
+def cost_picture(costs: Sequence[SampleCost], memory: StepMemory) -> Image.Image:
     """Distributions over the samples: tokens, supervised tokens, frames, visual tokens, pruned share, memory.
 
     Args:
         costs: at least one.
-        size: of the model that will be trained.
+        memory: of a step of the model that will be trained.
 
     Returns:
         An RGB image of six histograms.
@@ -187,10 +196,7 @@ def cost_picture(costs: Sequence[SampleCost], size: ModelSize) -> Image.Image:
         ("frames and images", [cost.frames for cost in costs]),
         ("kept visual tokens", [cost.kept_tokens for cost in costs]),
         ("pruned share of videos, %", [100 * cost.pruned_share for cost in videos]),
-        (
-            "pixels, layer inputs and logits, MiB",
-            [(cost.pixel_bytes + size.checkpoint_bytes(cost) + size.logits_bytes(cost)) / _MIB for cost in costs],
-        ),
+        ("a step of one sample, MiB", [_step_bytes([cost], memory) / _MIB for cost in costs]),
     ]
     sheet = Image.new("RGB", (2 * _PANEL_WIDTH, 3 * _PANEL_HEIGHT), "white")
     for i, (title, values) in enumerate(panels):

@@ -258,18 +258,22 @@ def find_recipe(name: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError: where there is neither, with the names that there are.
     """
-    path = Path(name)
-    if path.is_file():
+    if Path(name).is_file():
         return os.fspath(name)
-    # In the wheel beside the code; in a clone at its root.
-    package = Path(__file__).parents[1]
-    folder = next((place for place in (package / "recipes", package.parents[1] / "recipes") if place.is_dir()), None)
-    there = {} if folder is None else {file.stem: os.fspath(file) for file in sorted(folder.glob("*.yaml"))}
+    there = recipe_names()
     if os.fspath(name) in there:
         return there[os.fspath(name)]
     raise FileNotFoundError(
         f"Expected a recipe as a YAML file or as one of {', '.join(there)}, got {os.fspath(name)!r}, which is neither."
     )
+
+
+def recipe_names() -> dict[str, str]:
+    """The recipes that come with this package: name -> file."""
+    # In the wheel beside the code; in a clone at its root.
+    package = Path(__file__).parents[1]
+    folder = next((place for place in (package / "recipes", package.parents[1] / "recipes") if place.is_dir()), None)
+    return {} if folder is None else {file.stem: os.fspath(file) for file in sorted(folder.glob("*.yaml"))}
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -369,7 +373,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree[section]
         if not isinstance(tree, dict):
             raise ValueError(f"Expected {section!r} in {override!r} to be a section, got {tree!r}.")
-    tree[last] = yaml.safe_load(text)
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"Expected the value of {key} in YAML, got {text!r}: {error}.") from error
 
 
 def _build(kind: Any, tree: Any, *, where: str) -> Any:

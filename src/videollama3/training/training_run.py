@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from ..conversion.model_card_folder import write_card
+from ..modeling.configuration_videollama3 import VideoLlama3Config
 from ..modeling.modeling_videollama3 import VideoLlama3ForCausalLM
 from ..modeling.vision_encoder_videollama3 import VideoLlama3VisionModel
 from ..processing.processing_videollama3 import VideoLlama3Processor
@@ -30,7 +31,7 @@ from .adapters import add_adapter, four_bit_config, merge_adapter
 from .length_index import Numbers, Progress, rows_for, shared_lengths
 from .packing import TOKENS, Lengths, PackedBatchSampler
 from .recipe import MUON, Recipe, training_arguments
-from .trainer import ModuleRates, RowLimits, VideoLlama3Trainer
+from .trainer import ModuleRates, RowLimits, VideoLlama3Trainer, freeze
 
 RECORD_NAME = "training_record.json"
 # Rows that are read beyond what `max_steps` asks for, as a share of that: updates do not have equally many samples.
@@ -67,7 +68,7 @@ def run_recipe(
             _require("bitsandbytes")
     checkpoint = None if measure_for else _checkpoint(recipe, resume)
     processor = build_processor(recipe)
-    train, held_out = _datasets(recipe, processor)
+    train, held_out = open_datasets(recipe, processor)
     # Made before anything else: it tells how many processes there are.
     arguments = training_arguments(recipe, gradient_accumulation_steps=1, tensorboard=_installed("tensorboard"))
     lengths, rows = None, None
@@ -78,7 +79,7 @@ def run_recipe(
     held_out_lengths = None if held_out is None else _measure(recipe, held_out, arguments, progress, None)
     if held_out is not None and held_out_lengths is not None:
         # Raises where a sample does not fit into a row, or none is left.
-        _sampler(recipe, held_out_lengths, name=held_out.name)
+        packing_sampler(recipe, held_out_lengths, name=held_out.name)
         if num_skipped := int((held_out_lengths[:, TOKENS] == 0).sum()):
             logger.warning("left out %d of %d held-out samples, see above", num_skipped, len(held_out_lengths))
     if measure_for is not None:
@@ -92,7 +93,7 @@ def run_recipe(
         processor=processor,
         train_dataset=train,
         eval_dataset=held_out,
-        rates=ModuleRates(**dataclasses.asdict(recipe.rates)),
+        rates=_rates(recipe),
         limits=row_limits(recipe),
         use_muon=recipe.schedule.optimizer == MUON,
         window=recipe.batch.window,
@@ -152,6 +153,22 @@ def build_model(recipe: Recipe) -> Any:
     return model
 
 
+def trained_shape(recipe: Recipe) -> Any:
+    """The model that a recipe trains on the device "meta": no weights, but their shapes, and which of them learn."""
+    config = VideoLlama3Config.from_pretrained(recipe.model.path)
+    with torch.device("meta"):
+        model: Any = VideoLlama3ForCausalLM(config)
+        if recipe.adapter is not None:
+            _require("peft")
+            model = add_adapter(model, recipe.adapter, train_projector=bool(recipe.rates.projector))
+    freeze(model, _rates(recipe))
+    return model
+
+
+def _rates(recipe: Recipe) -> ModuleRates:
+    return ModuleRates(**dataclasses.asdict(recipe.rates))
+
+
 def _load_model(recipe: Recipe, **options: Any) -> Any:
     """The checkpoint, with another encoder where the recipe names one."""
     model = VideoLlama3ForCausalLM.from_pretrained(recipe.model.path, **options)
@@ -183,14 +200,15 @@ def accumulation_steps(
     """
     if recipe.batch.gradient_accumulation_steps is not None or lengths is None:
         return recipe.batch.gradient_accumulation_steps or 1
-    sampler = _sampler(recipe, lengths, name=name)
+    sampler = packing_sampler(recipe, lengths, name=name)
     samples_per_row = sampler.num_samples / sampler.num_packs
     # No more than there are: an update would read the same ones again.
     samples_per_update = min(recipe.batch.samples_per_update, sampler.num_samples)
     return max(1, round(samples_per_update / samples_per_row / world_size))
 
 
-def _datasets(recipe: Recipe, processor: Any) -> tuple[Any, Any]:
+def open_datasets(recipe: Recipe, processor: Any) -> tuple[Any, Any]:
+    """The datasets that a recipe trains on and holds out, the latter None where there is none."""
     from .training_dataset import StreamingTrainingDataset, TrainingDataset
 
     data = recipe.data
@@ -236,7 +254,7 @@ def _lengths(
         if num_samples:
             steps = accumulation_steps(recipe, lengths, world_size=world_size, name=dataset.name)
             # Packs as they are: for an update they would be divided, or filled up, to a multiple of its own.
-            num_packs = _sampler(recipe, lengths, name=dataset.name).num_packs
+            num_packs = packing_sampler(recipe, lengths, name=dataset.name).num_packs
             share = max_steps * steps * world_size / num_packs
             if share <= 1:
                 return lengths, rows
@@ -264,7 +282,14 @@ def _measure(
     )
 
 
-def _sampler(recipe: Recipe, lengths: Lengths, *, name: Callable[[int], str]) -> PackedBatchSampler:
+def packing_sampler(recipe: Recipe, lengths: Lengths, *, name: Callable[[int], str] = str) -> PackedBatchSampler:
+    """Rows as a recipe packs them, one of them an update.
+
+    Args:
+        recipe: its limits are read.
+        lengths: int64 (samples, 3), see `packing.py`.
+        name: what a sample is called in an error.
+    """
     return PackedBatchSampler(
         lengths,
         **dataclasses.asdict(row_limits(recipe)),
