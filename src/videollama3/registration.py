@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -94,6 +95,11 @@ def register() -> None:
     AutoModel.register(VideoLlama3VisionConfig, VideoLlama3VisionModel, exist_ok=True)
     AutoModelForCausalLM.register(VideoLlama3Config, VideoLlama3ForCausalLM, exist_ok=True)
     AutoModelForImageTextToText.register(VideoLlama3Config, VideoLlama3ForCausalLM, exist_ok=True)
+    # Where it is not registered, transformers takes its own class, whose configuration has the same name. Not in all
+    # versions.
+    multimodal = getattr(transformers, "AutoModelForMultimodalLM", None)
+    if multimodal is not None:
+        multimodal.register(VideoLlama3Config, VideoLlama3ForCausalLM, exist_ok=True)
     for config, processor, image_processor, video_processor in (
         # Image and video processor by their other names: transformers looks registered classes up by name first, and
         # would give ours to its own processor of the native layout.

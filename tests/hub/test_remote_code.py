@@ -70,6 +70,7 @@ def test_every_auto_class_is_named(saved):
         "AutoModel": "modeling_videollama3.VideoLlama3Model",
         "AutoModelForCausalLM": "modeling_videollama3.VideoLlama3ForCausalLM",
         "AutoModelForImageTextToText": "modeling_videollama3.VideoLlama3ForCausalLM",
+        "AutoModelForMultimodalLM": "modeling_videollama3.VideoLlama3ForCausalLM",
     }
 
 

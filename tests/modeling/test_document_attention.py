@@ -15,8 +15,8 @@ from videollama3.modeling.document_attention import (
     attend_as_transformers,
     attend_documents,
     attends_by_document,
-    read_documents,
 )
+from videollama3.modeling.packed_documents import read_documents
 
 from .tiny import text, tiny_config
 
@@ -48,7 +48,7 @@ def _row(lengths=LENGTHS):
 
 def _without_documents(monkeypatch):
     """The mask of all pairs instead, as before and as where attention by document does not serve."""
-    monkeypatch.setattr(videollama3.modeling.modeling_videollama3, "attends_by_document", lambda *_, **__: False)
+    monkeypatch.setattr(videollama3.modeling.packed_documents, "attends_by_document", lambda *_, **__: False)
 
 
 def _states(dtype=torch.float32, seed=0, total=TOTAL):
@@ -126,8 +126,8 @@ def test_a_changed_document_moves_no_other_bit(dtype):
     [
         ([[0, 1, 2, 0, 1]], None, 1, (3, 2)),
         ([[0, 1, 2, 0, 0]], None, 1, (3, 1, 1)),
-        # As transformers' mask has it, a gap ends a document as well.
-        ([[0, 1, 5, 6, 0]], None, 1, (2, 2, 1)),
+        # Positions that are left out end none.
+        ([[0, 1, 5, 6, 0]], None, 1, (4, 1)),
         ([[4, 5, 0, 1, 2]], None, 2, (2, 3, 2, 3)),
         # Padding is one document, however long.
         ([[0, 1, 0, 0, 0], [0, 1, 2, 0, 1]], [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]], 2, (2, 3, 3, 2)),

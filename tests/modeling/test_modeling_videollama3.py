@@ -1,14 +1,16 @@
 """The whole model: features at their placeholders, logits, loss, gradients, generation."""
 
+import contextlib
 import copy
 import re
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import DynamicCache
 
-from videollama3 import VideoLlama3ForCausalLM
+from videollama3 import VideoLlama3ForCausalLM, VideoLlama3Model
 from videollama3.modeling.vision_encoder_videollama3 import VideoLlama3VisionModel
 
 from .tiny import IMAGE, VIDEO, batch, image_and_video_request, images, prompt, text, tiny_config, videos
@@ -141,7 +143,17 @@ def test_features_stand_at_their_placeholders(model, request_with_media):
         (
             {"inputs_embeds": torch.zeros(1, 12, 64)},
             images([[1, 3, 4]], [1]),
-            "Expected input_ids together with pixel values (placeholders are found by id).",
+            "got 0 placeholders and 12 features",
+        ),
+        (
+            prompt(text(4), (IMAGE, 12)),
+            {},
+            "Expected image pixels together with the 12 image placeholders (id 308) in input_ids, got none",
+        ),
+        (
+            prompt((IMAGE, 12), (VIDEO, 6)),
+            images([[1, 3, 4]], [1]),
+            "Expected video pixels together with the 6 video placeholders (id 309) in input_ids, got none",
         ),
     ],
 )
@@ -149,6 +161,19 @@ def test_features_stand_at_their_placeholders(model, request_with_media):
 def test_inputs_that_contradict_each_other_are_named(model, row, given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         model(**row, **given)
+
+
+@torch.no_grad()
+def test_embeddings_with_media_equal_ids_with_media(model, request_with_media):
+    """As peft's prompt tuning calls a model: embeddings of ids, some of its own before them, and the media."""
+    ids = request_with_media["input_ids"]
+    media = {name: value for name, value in request_with_media.items() if name not in ("input_ids", "attention_mask")}
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeddings, **media).logits, model(input_ids=ids, **media).logits)
+    learnt = torch.randn(1, 3, embeddings.shape[-1])
+    logits = model(inputs_embeds=torch.cat([learnt, embeddings], dim=1), **media).logits
+    assert logits.shape[1] == 3 + ids.shape[1]
+    assert not torch.equal(logits[:, 3:], model(input_ids=ids, **media).logits)
 
 
 # --- batches ---
@@ -540,3 +565,20 @@ def test_token_embeddings_can_grow(model, request_with_media):
         torch.testing.assert_close(
             grown(**request_with_media).logits[..., :320], model(**request_with_media).logits, atol=1e-4, rtol=0
         )
+
+
+# --- Auto classes ---
+
+
+def test_every_auto_class_that_knows_the_configuration_gives_this_model():
+    """transformers looks for what is not registered by the configuration's class name, which it has one of, too."""
+    given = {}
+    for name in dir(transformers):
+        auto = getattr(transformers, name) if name.startswith("AutoModel") else None
+        if getattr(auto, "_model_mapping", None) is None:
+            continue
+        # Which it says where it does not know it.
+        with contextlib.suppress(ValueError):
+            given[name] = type(auto.from_config(tiny_config()))
+    ours = {"AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"} & set(dir(transformers))
+    assert given == {"AutoModel": VideoLlama3Model, **dict.fromkeys(ours, VideoLlama3ForCausalLM)}

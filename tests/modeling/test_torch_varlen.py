@@ -222,6 +222,16 @@ def test_a_later_choice_is_respected(install, name):
     assert _used(alone, install) == name
 
 
+def test_the_default_comes_back_by_its_name_in_the_configuration(install):
+    alone, whole = videollama3.VideoLlama3VisionModel(tiny_vision_config()), _model()
+    for model, config in ((alone, alone.config), (whole, whole.config.vision_config)):
+        before = config._attn_implementation
+        model.set_attn_implementation("eager")
+        assert _used(model, install) == "eager"
+        model.set_attn_implementation(before if model is alone else {"vision_config": before})
+        assert _used(model, install) == TORCH_VARLEN
+
+
 def test_a_choice_for_the_language_model_leaves_the_encoders_default(install):
     model = _model(attn_implementation={"text_config": "eager"})
     assert model.model.language_model.config._attn_implementation == "eager"

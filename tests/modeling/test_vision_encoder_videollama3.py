@@ -287,3 +287,27 @@ def test_blocks_of_rows_equal_the_whole(monkeypatch, dtype, threads):
     # Measured worst case 3.6e-7 of 2.2, in bfloat16 0 (other shapes may round otherwise); a block at another's place
     # is off by 2.
     torch.testing.assert_close(mapped, layer(hidden).detach(), atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
+
+
+# --- states of the layers ---
+
+
+def test_states_of_the_layers_are_those_that_lead_to_the_tokens():
+    encoder, (pixels, grid_thw, merge_sizes) = _encoder(), media(GRIDS, MERGES)
+    expected = _encode(encoder, pixels, grid_thw, merge_sizes)
+    output = encoder(pixels, grid_thw, merge_sizes, output_hidden_states=True)
+    assert torch.equal(output.last_hidden_state, expected)
+    assert len(output.hidden_states) == 1 + encoder.config.num_hidden_layers
+    # In order of appearance, however segments are packed.
+    assert torch.equal(output.hidden_states[0], encoder.embeddings(pixels))
+    last = encoder.post_layernorm(output.hidden_states[-1]).split(grid_thw.prod(dim=1).tolist())
+    tokens = torch.cat([merge_blocks(part, merge) for part, merge in zip(last, MERGES, strict=True)])
+    # Measured 0; rows of a norm round alike, whatever their order.
+    torch.testing.assert_close(tokens, expected, atol=1e-6, rtol=0)
+    assert encoder(pixels, grid_thw, merge_sizes).hidden_states is None
+
+
+def test_weights_of_attention_are_refused():
+    encoder, arguments = _encoder(), media(GRIDS, MERGES)
+    with pytest.raises(ValueError, match="Expected no output_attentions of the vision encoder"):
+        encoder(*arguments, output_attentions=True)

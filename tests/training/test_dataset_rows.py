@@ -95,6 +95,29 @@ def test_messages_take_content_dicts_of_every_form():
     ]
 
 
+def test_arrays_and_bytes_inside_messages_are_sources():
+    """As `datasets` leaves pictures that it has not decoded, and as numpy users have them."""
+    array = np.zeros((4, 6, 3), np.uint8)
+
+    def content(*parts):
+        row = read_row({"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "A"}]})
+        return row.messages[0]["content"]
+
+    parts = [
+        {"type": "image", "image": array},
+        {"type": "video", "video": [array, array]},
+        {"type": "image", "image": {"bytes": b"png", "path": None}},
+        {"type": "image", "image": {"bytes": b"png", "path": "name.png"}},
+        {"type": "video", "video": {"bytes": b"mp4", "path": None}},
+    ]
+    picture, video, *encoded = content(*parts)
+    assert picture["image"] is array
+    assert all(frame is array for frame in video["video"])
+    assert [part.get("image", part.get("video")) for part in encoded] == [b"png", b"png", b"mp4"]
+    with pytest.raises(ValueError, match="with a source, got a dict without one"):
+        content({"type": "image", "image": {"bytes": None, "path": None}})
+
+
 def test_relative_paths_start_from_the_root_or_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").touch()

@@ -20,7 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from videollama3 import cli
 from videollama3.training.packing import PackedBatchSampler
 from videollama3.training.recipe import load_recipe, recipe_from_dict, training_arguments
-from videollama3.training.training_run import accumulation_steps, last_checkpoint, mean_loss, row_limits, run_recipe
+from videollama3.training.run_checkpoints import last_checkpoint
+from videollama3.training.training_run import accumulation_steps, mean_loss, row_limits, run_recipe
 
 from .tiny_task import write_checkpoint, write_rows
 

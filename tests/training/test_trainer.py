@@ -3,11 +3,12 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
-from videollama3.training.collator import PackingCollator
+from videollama3.training.collator import PackingCollator, PaddingCollator
 from videollama3.training.trainer import ModuleRates, RowLimits, VideoLlama3Trainer, module_of
 
 from .synthetic import IMAGE, MIXED, TEXT, VIDEO, Samples, arguments, losses, tiny_model
@@ -264,3 +265,40 @@ def test_losses_fall(tmp_path):
     assert all(math.isfinite(loss) for loss in losses(trainer))
     # Measured 5.4 to 4.4.
     assert losses(trainer)[-1] < losses(trainer)[0] - 0.7
+
+
+# --- transformers' own Trainer ---
+
+
+def test_label_smoothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=re.escape("Expected label_smoothing_factor=0, got 0.1")):
+        _trainer(tmp_path, label_smoothing_factor=0.1)
+
+
+def test_metrics_of_transformers_trainer_are_given_logits_of_mixed_rows(tmp_path):
+    """Pictures in some rows and none in others; features of media are no predictions."""
+    model, processor = tiny_model()
+    samples = Samples(processor, [TEXT, IMAGE, VIDEO, TEXT])
+    seen = []
+
+    def metrics(prediction):
+        seen.append((type(prediction.predictions), prediction.predictions.shape, prediction.label_ids.shape))
+        return {"rows": len(prediction.predictions)}
+
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, per_device_eval_batch_size=1, eval_strategy="no"),
+        data_collator=PaddingCollator.for_processor(processor),
+        eval_dataset=samples,
+        compute_metrics=metrics,
+    )
+    assert trainer.evaluate()["eval_rows"] == 4
+    ((kind, shape, labels),) = seen
+    assert kind is np.ndarray
+    assert (shape[:2], shape[2]) == (labels, model.config.text_config.vocab_size)
+
+
+def test_any_set_is_predicted_as_the_held_out_one(tmp_path):
+    trainer = _trainer(tmp_path, eval_kinds=[TEXT, VIDEO, IMAGE])
+    held_out = trainer.evaluate()["eval_loss"]
+    assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == pytest.approx(held_out, abs=1e-6)

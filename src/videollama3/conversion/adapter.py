@@ -20,6 +20,8 @@ from ..modeling.checkpoint_files import StoredTensor, file_inside, read_header, 
 from .weights import TensorStream, cast, read_whole, stored_stream
 
 ADAPTER_CONFIG = "adapter_config.json"
+# The recipe's settings, in the folder of an adapter that `videollama3 train` made.
+RUN_SETTINGS_NAME = "run_settings.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 # Settings of peft that change what an adapter means, with the values under which it is plain LoRA.

@@ -21,7 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling import checkpoint_layouts as layouts
-from .adapter import Adapter, is_adapter, merged_stream, read_adapter
+from .adapter import RUN_SETTINGS_NAME, Adapter, is_adapter, merged_stream, read_adapter
 from .partial_folder import partial_folder
 from .processor_files import load_processor, placeholder_index, write_image_processor, write_processor
 from .source_checkpoint import (
@@ -125,7 +125,7 @@ def convert_checkpoint(
     with partial_folder(str(destination), overwrite=overwrite, say=remarks.append) as partial:
         streams = _streams(checkpoint, adapter, extra, to, None if dtype is None else DTYPES[dtype])
         shards = write_weights(partial, streams, max_shard_bytes=max_shard_bytes, progress=progress)
-        remarks += _write_settings(checkpoint, partial, to, dtype)
+        remarks += _write_settings(checkpoint, partial, to, dtype, adapter)
         report = ConversionReport(
             destination=str(destination),
             source_layout=checkpoint.layout,
@@ -158,9 +158,23 @@ def _resolve(source: str, base: str | None) -> tuple[str, Adapter | None]:
             raise ValueError(f"Expected --base only with an adapter, got a whole checkpoint: {source!r}.")
         return folder, None
     adapter = read_adapter(folder)
+    _check_encoder(folder)
     if not (base or adapter.base):
         raise ValueError(f"Expected the base of the adapter {source!r}: it names none, pass --base.")
     return local_folder(base or adapter.base), adapter
+
+
+def _check_encoder(folder: str) -> None:
+    """An adapter trained on another encoder than its base's does not hold that one."""
+    path = os.path.join(folder, RUN_SETTINGS_NAME)
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            encoder = json.load(file).get("model.vision_encoder")
+        if encoder is not None:
+            raise ValueError(
+                f"Expected an adapter on its base as it is, got {folder!r}, which was trained with the vision encoder "
+                f"{encoder!r} in it: convert the merged model, which its run wrote beside it."
+            )
 
 
 def _check_apart(folder: str, destination: str) -> None:
@@ -190,7 +204,9 @@ def _streams(
     return streams
 
 
-def _write_settings(checkpoint: Checkpoint, target: str, to: Layout, dtype: str | None) -> list[str]:
+def _write_settings(
+    checkpoint: Checkpoint, target: str, to: Layout, dtype: str | None, adapter: Adapter | None
+) -> list[str]:
     """Everything but weights; `config.json` last, so that a folder that was cut off is no checkpoint."""
     if dtype is not None:
         checkpoint.config.dtype = DTYPES[dtype]
@@ -198,8 +214,12 @@ def _write_settings(checkpoint: Checkpoint, target: str, to: Layout, dtype: str 
         remarks = write_image_processor(checkpoint.folder, target, to=to)
         config = _encoder_config(checkpoint, to)
     else:
-        processor = load_processor(checkpoint.folder)
-        remarks = write_processor(checkpoint.folder, target, to=to, processor=processor)
+        folder = checkpoint.folder
+        if adapter is not None and os.path.lexists(os.path.join(adapter.folder, "processor_config.json")):
+            # It was trained with that one, which may merge or prune otherwise than its base's.
+            folder = adapter.folder
+        processor = load_processor(folder)
+        remarks = write_processor(folder, target, to=to, processor=processor)
         config = _whole_config(checkpoint, to, processor)
     if to == "plugin":
         # This package's code, for `trust_remote_code`.

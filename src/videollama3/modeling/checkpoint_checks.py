@@ -93,13 +93,17 @@ def weights_folder(name_or_path: str, options: Mapping[str, Any]) -> str | None:
 
 def _folder_of_base(folder: str, options: Mapping[str, Any]) -> str | None:
     """An adapter's folder has no weights of its own: transformers loads those of its base."""
+    base = _base_of(folder)
+    return None if base is None else weights_folder(base, {"use_safetensors": options.get("use_safetensors")})
+
+
+def _base_of(folder: str) -> str | None:
+    """What an adapter was trained on, by its own word; None for anything but an adapter."""
     if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
         return None
     with open(file_inside(folder, "adapter_config.json"), encoding="utf-8") as file:
         base = json.load(file).get("base_model_name_or_path")
-    if not base or os.path.realpath(str(base)) == os.path.realpath(folder):
-        return None
-    return weights_folder(str(base), {"use_safetensors": options.get("use_safetensors")})
+    return str(base) if base and os.path.realpath(str(base)) != os.path.realpath(folder) else None
 
 
 def _cached(name_or_path: str, filename: str, download: dict[str, Any]) -> str | None:
@@ -118,6 +122,11 @@ def _configuration(model_class: Any, name_or_path: Any, options: Mapping[str, An
     config = options.get("config")
     if config is not None and not isinstance(config, (str, os.PathLike)):
         return copy.deepcopy(config)
+    folder = os.path.join(str(name_or_path), options.get("subfolder") or "")
+    if config is None and not os.path.lexists(os.path.join(folder, "config.json")):
+        base = _base_of(folder)
+        if base is not None:
+            return model_class.config_class.from_pretrained(base)
     download = {name: options[name] for name in DOWNLOAD_OPTIONS if options.get(name) is not None}
     return model_class.config_class.from_pretrained(config or name_or_path, **download)
 

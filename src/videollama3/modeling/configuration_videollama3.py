@@ -165,7 +165,7 @@ class VideoLlama3Config(PreTrainedConfig):
     _auto_class = "AutoConfig"
     sub_configs = {"text_config": Qwen2Config, "vision_config": VideoLlama3VisionConfig}  # noqa: RUF012
     sub_configs_defaults = sub_configs  # the name in newer releases of transformers
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "video_hidden_states"]  # noqa: RUF012
     # No tensor parallelism for the projector: 0.2 % of a visual token's work, and a reduction more.
     base_model_fsdp_plan = {"projector": "free_full_weight"}  # noqa: RUF012
 

@@ -56,61 +56,6 @@ class Documents:
         }
 
 
-def read_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | None, num_rows: int) -> Documents:
-    """Where documents begin: wherever a position does not follow the one before, as transformers' mask has it.
-
-    Two documents and padding on the right, which counts as one more, since nobody looks there:
-
-        position_ids    0 1 2 0 1 2 3 0 0
-        attention_mask  1 1 1 1 1 1 1 0 0      lengths 3, 4, 2
-
-    Args:
-        position_ids: int64 (num_rows or 1, L).
-        attention_mask: (num_rows, L), 0 at padding; None without padding.
-        num_rows: rows of the batch.
-
-    Returns:
-        The lengths, on the host: the only place where it waits for the device.
-    """
-    begins = _begins(position_ids, attention_mask).expand(num_rows, -1).flatten()
-    first = begins.nonzero().flatten()
-    return Documents(tuple(first.diff(append=first.new_tensor([begins.numel()])).tolist()))
-
-
-def _begins(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Whether a document, or padding, begins at a token: bool (rows, L)."""
-    # The first of a row follows nothing.
-    begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1]) != 1
-    if attention_mask is None:
-        return begins
-    is_token = attention_mask.to(device=begins.device, dtype=torch.bool)
-    before, after = is_token[:, :-1], is_token[:, 1:]
-    # Padding on the left ends where the tokens begin, whatever its positions are.
-    inner = (begins[:, 1:] & (before | after)) | (before != after)
-    return torch.cat([begins[:, :1].expand(len(is_token), -1), inner], dim=1)
-
-
-def mask_of_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
-    """A mask of all pairs that keeps documents apart, for compiled graphs: they begin where positions restart.
-
-    Args:
-        position_ids: int64 (B or 1, L).
-        attention_mask: (B, L), 0 at padding.
-        dtype: of the result.
-
-    Returns:
-        (B, 1, L, L), 0 where a token (row) sees another (column), else the lowest number of `dtype`.
-    """
-    is_token = attention_mask.to(device=position_ids.device, dtype=torch.bool)
-    restarts = (position_ids.diff(dim=-1) <= 0) & is_token[:, 1:] & is_token[:, :-1]
-    document = nn.functional.pad(restarts.cumsum(dim=-1), (1, 0))
-    order = torch.arange(document.shape[-1], device=document.device)
-    sees = (document[:, :, None] == document[:, None, :]) & (order[:, None] > order[None, :]) & is_token[:, None, :]
-    # Itself too, so that padding sees something.
-    sees = sees | (order[:, None] == order[None, :])
-    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
-
-
 def attends_by_document(language_model: Any, *, device: torch.device, **kwargs: Any) -> bool:
     """Whether the layers can be given `Documents`, and it changes nothing but cost.
 

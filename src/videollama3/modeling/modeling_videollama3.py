@@ -18,10 +18,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.utils import can_return_tuple
 
 from .configuration_videollama3 import VideoLlama3Config
-from .document_attention import Documents, attend_by_document, attends_by_document, mask_of_documents, read_documents
+from .document_attention import attend_by_document
+from .packed_documents import keep_documents_apart
 from .pretrained_videollama3 import VideoLlama3PreTrainedModel
 from .supervised_loss import supervised_loss
-from .torch_varlen import TORCH_VARLEN, computed_dtype, varlen_obstacle
 from .vision_encoder_videollama3 import VideoLlama3VisionModel
 
 # Inputs that describe media: their first dimension is not the batch, and only the prompt needs them.
@@ -34,10 +34,6 @@ MEDIA_INPUTS = (
     "video_merge_sizes",
     "video_compression_mask",
 )
-
-
-# In place of what positions say at padding: followed by no document's first position, and larger than none.
-_POSITION_OF_PADDING = -5
 
 
 @dataclasses.dataclass
@@ -223,9 +219,10 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             input_ids: int64 (batch, sequence), with one placeholder per kept visual token.
             attention_mask: int64 (batch, sequence), 0 at padding.
             position_ids: int64 (batch, sequence). Where they restart, a further document begins that sees
-                nothing of those before it in its row.
+                nothing of those before it in its row; positions may leave some out.
             past_key_values: cache to read and extend.
-            inputs_embeds: (batch, sequence, width) instead of `input_ids`; not together with media.
+            inputs_embeds: (batch, sequence, width) instead of `input_ids`; with media, their placeholders are found by
+                their embedding.
             use_cache: whether to return a cache; None: as the configuration says, but not where documents are packed,
                 and not inside a compiled graph that was given positions, which cannot tell whether they restart.
             pixel_values: (patches of all images, 588), float or uint8.
@@ -255,34 +252,20 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
                 pixel_values_videos, video_grid_thw, video_merge_sizes, video_compression_mask, return_dict=True
             )
             video_features = torch.cat(video.pooler_output)
-        if input_ids is not None:
-            inputs_embeds = self._embed(input_ids, image_features, video_features, media_expand_size)
-        elif image_features is not None or video_features is not None:
-            raise ValueError("Expected input_ids together with pixel values (placeholders are found by id).")
-        assert inputs_embeds is not None
-        mask: Any = attention_mask
         # A step of decoding is not looked at: that would wait for the device at every token.
-        is_step = past_key_values is not None and inputs_embeds.shape[1] == 1
-        if not is_step and holds_documents(position_ids, attention_mask):
-            assert position_ids is not None
-            self._check_documents(
-                inputs_embeds,
-                use_cache or past_key_values is not None,
-                has_bounds=kwargs.get("cu_seq_lens_q") is not None,
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        is_step = past_key_values is not None and given.shape[1] == 1
+        is_start = not (is_step or torch.compiler.is_compiling()) and (
+            past_key_values is None or past_key_values.get_seq_length() == 0
+        )
+        inputs_embeds = self._embed(
+            input_ids, inputs_embeds, image_features, video_features, media_expand_size, is_start=is_start
+        )
+        mask: Any = attention_mask
+        if not is_step:
+            mask, position_ids, use_cache, kwargs = keep_documents_apart(
+                self.language_model, inputs_embeds, position_ids, attention_mask, past_key_values, use_cache, kwargs
             )
-            # transformers keeps documents apart only where there is neither a mask nor a cache.
-            mask, kwargs = self._documents(inputs_embeds, position_ids, attention_mask, kwargs)
-            use_cache = False
-            if mask is None and attention_mask is not None:
-                # It goes by positions alone then, by how they go on or by where they are 0.
-                fill = 0 if "flash" in self.config.text_config._attn_implementation else _POSITION_OF_PADDING
-                is_token = attention_mask.to(position_ids.device, torch.bool)
-                position_ids = torch.where(is_token, position_ids, fill)
-        elif torch.compiler.is_compiling() and past_key_values is None and position_ids is not None:
-            # Inside a graph nobody can look whether positions restart: transformers' mask follows them where there is
-            # neither a mask nor a cache.
-            use_cache = bool(use_cache)
-            mask = self._mask_in_graph(inputs_embeds, position_ids, attention_mask)
         outputs = self.language_model(
             input_ids=None,
             attention_mask=mask,
@@ -302,126 +285,37 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             video_hidden_states=video_features,
         )
 
-    def _check_documents(
-        self, inputs_embeds: torch.Tensor | None, use_cache: bool | None, *, has_bounds: bool
-    ) -> None:
-        if use_cache:
-            raise ValueError(
-                "Expected no cache (use_cache=False) for rows whose position_ids restart, got one: a cache of "
-                "several documents cannot be continued (generate answers one document at a time)."
-            )
-        implementation = self.config.text_config._attn_implementation
-        one_row = "flash" in implementation or (implementation == TORCH_VARLEN and has_bounds)
-        if one_row and inputs_embeds is not None and inputs_embeds.shape[0] != 1:
-            raise ValueError(
-                f"Expected one row of documents for {implementation}, got {inputs_embeds.shape[0]} rows: pack them "
-                'into one, or choose "sdpa".'
-            )
-
-    def _documents(
-        self,
-        inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[dict[str, Documents | None] | None, dict[str, Any]]:
-        """What keeps documents apart without a mask of all pairs (None: transformers makes one), and all arguments."""
-        config, num_rows = self.config.text_config, inputs_embeds.shape[0]
-        if config._attn_implementation == TORCH_VARLEN:
-            if kwargs.get("cu_seq_lens_q") is None and num_rows == 1 and self._varlen_runs(inputs_embeds):
-                documents = read_documents(position_ids, attention_mask, num_rows)
-                kwargs = {**kwargs, **documents.bounds(inputs_embeds.device)}
-            if kwargs.get("cu_seq_lens_q") is not None:
-                # The kernel goes by the bounds, and reads no mask.
-                return dict.fromkeys(config.layer_types), kwargs
-        if attention_mask is not None and has_holes(attention_mask):
-            raise ValueError(
-                "Expected padding only before and after the documents of a row, got some between tokens: drop it, "
-                "positions that restart keep documents apart."
-            )
-        if not attends_by_document(self.language_model, device=inputs_embeds.device, **kwargs):
-            return None, kwargs
-        return {"full_attention": read_documents(position_ids, attention_mask, num_rows)}, kwargs
-
-    def _varlen_runs(self, inputs_embeds: torch.Tensor) -> bool:
-        """Whether torch's kernel takes the language model's layers as they are here."""
-        config = self.config.text_config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        dropout = config.attention_dropout if self.training else 0.0
-        dtype = computed_dtype(inputs_embeds)
-        obstacle = varlen_obstacle(inputs_embeds.device, dtype, head_dim=head_dim, dropout=dropout)
-        return obstacle is None and set(config.layer_types) == {"full_attention"}
-
-    def _mask_in_graph(
-        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """In place of a mask of padding one that follows restarting positions too, which transformers' would not."""
-        config = self.config.text_config
-        if (
-            not isinstance(attention_mask, torch.Tensor)
-            or attention_mask.ndim != 2
-            or position_ids.ndim != 2
-            or attention_mask.shape[-1] != position_ids.shape[-1]
-            or config._attn_implementation not in ("sdpa", "eager", TORCH_VARLEN)
-            or set(config.layer_types) != {"full_attention"}
-        ):
-            return attention_mask
-        return mask_of_documents(position_ids, attention_mask, dtype=inputs_embeds.dtype)
-
     def _embed(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
         image_features: torch.Tensor | None,
         video_features: torch.Tensor | None,
         expand_size: int,
+        *,
+        is_start: bool,
     ) -> torch.Tensor:
         """Token embeddings with features in the place of their placeholders: (batch, sequence, width)."""
-        if image_features is None and video_features is None:
-            return self.get_input_embeddings()(input_ids)
-        embeds = self.get_input_embeddings()(input_ids)
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         for name, features, token_id in (
             ("image", image_features, self.config.image_token_id),
             ("video", video_features, self.config.video_token_id),
         ):
             if features is not None:
-                where = input_ids == token_id
+                where = self._places_of(token_id, input_ids, embeds)
                 _check_counts(where[::expand_size], features, name=name, token_id=token_id)
                 features = _expand(features, where, expand_size).to(embeds.device, embeds.dtype)
                 embeds = embeds.masked_scatter(where.unsqueeze(-1).to(embeds.device), features)
+            elif is_start and input_ids is not None:
+                _check_no_placeholders(input_ids, name=name, token_id=token_id)
         return embeds
 
-
-def holds_documents(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> bool:
-    """Whether a row holds several documents, one after the other: its positions restart among its tokens.
-
-    Two documents and padding on the right, which is dropped with the mask since no token looks there:
-
-        position_ids    0 1 2 0 1 2 3 0 0
-        attention_mask  1 1 1 1 1 1 1 0 0
-
-    Args:
-        position_ids: int64 (batch or 1, sequence).
-        attention_mask: (batch, sequence), 0 at padding, whose positions say nothing; with a cache its last columns
-            are those of the positions.
-    """
-    if position_ids is None or position_ids.ndim != 2 or torch.compiler.is_compiling():
-        return False
-    restarts = position_ids.diff(dim=-1) <= 0
-    if attention_mask is None:
-        return bool(restarts.any())
-    length = position_ids.shape[-1]
-    # With a static cache `generate` hands over a dict of masks of all pairs.
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2 or attention_mask.shape[-1] < length:
-        return False
-    is_token = attention_mask[:, -length:].to(device=restarts.device, dtype=torch.bool)
-    return bool((restarts & is_token[:, 1:] & is_token[:, :-1]).any())
-
-
-def has_holes(attention_mask: torch.Tensor) -> bool:
-    """Whether a row of a mask (batch, sequence) has padding between its tokens."""
-    is_token = attention_mask.to(torch.bool)
-    begins = is_token[:, 1:] & ~is_token[:, :-1]
-    return bool((begins.sum(dim=1) + is_token[:, 0] > 1).any())
+    def _places_of(self, token_id: int, input_ids: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
+        """Where a placeholder stands: bool (batch, sequence); by its embedding, where that is all there is."""
+        if input_ids is not None:
+            return input_ids == token_id
+        token = torch.tensor(token_id, device=embeds.device)
+        return (embeds == self.get_input_embeddings()(token)).all(dim=-1)
 
 
 def _check_counts(where: torch.Tensor, features: torch.Tensor, *, name: str, token_id: int) -> None:
@@ -431,6 +325,15 @@ def _check_counts(where: torch.Tensor, features: torch.Tensor, *, name: str, tok
             f"Expected as many {name} placeholders (id {token_id}) in input_ids as {name} features, got "
             f"{num_placeholders} placeholders and {features.shape[0]} features: input_ids were cut, or belong "
             "to other media or to another pruning mask."
+        )
+
+
+def _check_no_placeholders(input_ids: torch.Tensor, *, name: str, token_id: int) -> None:
+    num_placeholders = int((input_ids == token_id).sum())
+    if num_placeholders:
+        raise ValueError(
+            f"Expected {name} pixels together with the {num_placeholders} {name} placeholders (id {token_id}) in "
+            "input_ids, got none: pass all of the processor's tensors on."
         )
 
 
@@ -451,6 +354,7 @@ class VideoLlama3ForCausalLM(VideoLlama3PreTrainedModel, GenerationMixin):
         "AutoModel": "VideoLlama3Model",
         "AutoModelForCausalLM": "VideoLlama3ForCausalLM",
         "AutoModelForImageTextToText": "VideoLlama3ForCausalLM",
+        "AutoModelForMultimodalLM": "VideoLlama3ForCausalLM",
     }
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012

@@ -104,6 +104,11 @@ class PackedSegments:
         }
         return dataclasses.replace(self, **moved)
 
+    def in_order(self, hidden_TC: torch.Tensor) -> torch.Tensor:
+        """Packed rows in the order of appearance: (patches, C) -> the same."""
+        # Layers may lie on several devices, the last one on another than the first.
+        return hidden_TC if self.scatter is None else hidden_TC[self.scatter.to(hidden_TC.device)]
+
 
 def pack_segments(grids: list[Grid], device: torch.device) -> PackedSegments:
     """Groups the segments of a batch by length.

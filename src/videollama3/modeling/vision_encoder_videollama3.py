@@ -352,20 +352,32 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
             merge_sizes: int64 (items,), side of the block of patches that becomes one token.
             image_grid_thw: `grid_thw` under the image processor's name, so that its output goes in as it is.
             image_merge_sizes: `merge_sizes` likewise.
-            kwargs: `return_dict`; others are ignored, as transformers' models do.
+            kwargs: `return_dict`, and `output_hidden_states`, with which nothing is left out and all is encoded at
+                once; others are ignored, as transformers' models do.
 
         Returns:
-            `last_hidden_state` (sum of frames * rows * columns / merge**2, C).
+            `last_hidden_state` (sum of frames * rows * columns / merge**2, C); with `output_hidden_states` also
+            `hidden_states`, a tuple of what goes into the first layer and comes out of each, before the last norm and
+            before blocks are merged: (T, C) each.
 
         Raises:
             TypeError: when the grids or the merge sizes are missing, or given under both names.
-            ValueError: when `pixel_values` and the grids contradict each other.
+            ValueError: when `pixel_values` and the grids contradict each other; for `output_attentions`, which no
+                kernel gives.
         """
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                "Expected no output_attentions of the vision encoder, got it: its kernels keep no weights."
+            )
         grids = read_grids(
             _exactly_one("grid_thw", grid_thw, image_grid_thw, kwargs),
             _exactly_one("merge_sizes", merge_sizes, image_merge_sizes, kwargs),
         )
         self._check_pixels(pixel_values, grids)
+        if kwargs.get("output_hidden_states"):
+            states: list[torch.Tensor] = []
+            last = self._encode(pixel_values, grids, states=states)
+            return BaseModelOutputWithPooling(last_hidden_state=last, hidden_states=tuple(states))
         if torch.is_grad_enabled() and self._learns(pixel_values):
             return BaseModelOutputWithPooling(last_hidden_state=self._encode(pixel_values, grids))
         with torch.no_grad():
@@ -396,16 +408,20 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         if requested_attention == TORCH_VARLEN:
             return TORCH_VARLEN
         checked: str = super().get_correct_attn_implementation(requested_attention, is_init_check)
-        return DefaultAttention(checked) if requested_attention is None else checked
+        return (
+            DefaultAttention(checked) if requested_attention is None or _is_default(requested_attention) else checked
+        )
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Chooses how segments attend; naming what is the default already makes it an explicit choice.
 
-        The arguments are transformers' own.
+        What `config._attn_implementation` was before brings the default back. The arguments are transformers' own.
         """
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         if isinstance(attn_implementation, str) and attn_implementation == self.config._attn_implementation:
-            self.config._attn_implementation_internal = str(attn_implementation)
+            self.config._attn_implementation_internal = (
+                attn_implementation if _is_default(attn_implementation) else str(attn_implementation)
+            )
 
     def _max_patches(self) -> int:
         dtype = self.embeddings.patch_embedding.weight.dtype
@@ -417,8 +433,7 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         dropout = self.config.attention_dropout if self.training else 0.0
         dtype = computed_dtype(hidden_TC)
-        # By name: a local folder can load a class twice.
-        if type(implementation).__name__ == DefaultAttention.__name__:
+        if _is_default(implementation):
             runs = varlen_obstacle(hidden_TC.device, dtype, head_dim=head_dim, dropout=dropout) is None
             implementation = TORCH_VARLEN if runs else str(implementation)
         if implementation == TORCH_VARLEN:
@@ -428,7 +443,9 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
             implementation, ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_segment_attention)
         )
 
-    def _encode(self, pixel_values: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
+    def _encode(
+        self, pixel_values: torch.Tensor, grids: list[Grid], *, states: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         segments = pack_segments(grids, pixel_values.device)
         rotary = rotary_table(
             segments.row_column,
@@ -438,10 +455,15 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         hidden = self.embeddings(pixel_values)
         if segments.gather is not None:
             hidden = hidden[segments.gather]
-        hidden = self.post_layernorm(self.encoder(hidden, segments, rotary, self._attention(hidden)))
-        if segments.scatter is not None:
-            # Layers may lie on several devices, the last one on another than the first.
-            hidden = hidden[segments.scatter.to(hidden.device)]
+        if states is None:
+            hidden = self.encoder(hidden, segments, rotary, self._attention(hidden))
+        else:
+            attention = self._attention(hidden)
+            states.append(segments.in_order(hidden))
+            for layer in self.encoder.layers:
+                hidden = layer(hidden, segments, rotary, attention)
+                states.append(segments.in_order(hidden))
+        hidden = segments.in_order(self.post_layernorm(hidden))
         parts = hidden.split([grid.num_patches for grid in grids])
         return torch.cat([merge_blocks(part, grid.merge) for part, grid in zip(parts, grids, strict=True)])
 
@@ -455,6 +477,11 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
             )
         if not (pixel_values.is_floating_point() or pixel_values.dtype == torch.uint8):
             raise ValueError(f"Expected pixel_values as normalised floats or raw uint8, got {pixel_values.dtype}.")
+
+
+def _is_default(implementation: str | None) -> bool:
+    # By name: a local folder can load a class twice.
+    return type(implementation).__name__ == DefaultAttention.__name__
 
 
 def _exactly_one(

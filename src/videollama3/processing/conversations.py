@@ -135,7 +135,7 @@ def _read_image(part: Mapping[str, Any], where: str) -> MediaReference:
         raise ValueError(f"Expected {where} (an image) with keys among {sorted(_IMAGE_KEYS)}, got {unknown}.")
     source = _source(part, _IMAGE_SOURCES, where)
     if isinstance(source, Mapping):
-        source = _source(source, (*_IMAGE_SOURCES, "detail"), where)
+        source = _inner_source({k: v for k, v in source.items() if v is not None}, _IMAGE_SOURCES, where)
     if "base64" in part and isinstance(source, str) and not source.startswith("data:"):
         source = f"data:;base64,{source}"
     return MediaReference("image", None if source is _MISSING else source, {}, where)
@@ -148,8 +148,8 @@ def _read_video(part: Mapping[str, Any], where: str) -> MediaReference:
     if isinstance(source, Mapping):
         inner = {key: value for key, value in source.items() if value is not None}
         options.update({key: inner[key] for key in PER_VIDEO_OPTIONS if key in inner})
-        unknown += sorted(set(inner) - _VIDEO_KEYS)
-        source = _source(inner, _VIDEO_SOURCES, where)
+        unknown += sorted(set(inner) - _VIDEO_KEYS - {"bytes"})
+        source = _inner_source(inner, _VIDEO_SOURCES, where)
     if unknown:
         raise ValueError(f"Expected {where} (a video) with keys among {sorted(_VIDEO_KEYS)}, got {unknown}.")
     if "base64" in part and isinstance(source, str) and not source.startswith("data:"):
@@ -157,8 +157,16 @@ def _read_video(part: Mapping[str, Any], where: str) -> MediaReference:
     return MediaReference("video", None if source is _MISSING else source, options, where)
 
 
+def _inner_source(inner: Mapping[str, Any], names: tuple[str, ...], where: str) -> Any:
+    """Of a dict in the place of a source: OpenAI's, or undecoded media of `datasets`, whose bytes count."""
+    source = inner["bytes"] if "bytes" in inner else _source(inner, names, where)
+    if source is _MISSING:
+        raise ValueError(f"Expected {where} with a source, got a dict without one, with keys {sorted(inner)}.")
+    return source
+
+
 def _source(part: Mapping[str, Any], names: tuple[str, ...], where: str) -> Any:
-    found = [name for name in names if name in part and name != "detail"]
+    found = [name for name in names if name in part]
     if len(found) > 1:
         raise ValueError(f"Expected one source for {where}, got {found}.")
     return part[found[0]] if found else _MISSING

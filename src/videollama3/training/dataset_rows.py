@@ -210,7 +210,7 @@ def _resolve(source: Any, media_root: str | os.PathLike[str] | None, where: str)
         source = source.get("bytes") or source.get("path")
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
-    if source is None or source == "":
+    if source is None or (isinstance(source, str) and not source):
         raise ValueError(f"Expected {where} with a source, got an empty one.")
     if isinstance(source, (list, tuple)):
         # The frames of a video, of which some are named by their files.

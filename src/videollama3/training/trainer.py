@@ -13,10 +13,11 @@ import dataclasses
 import hashlib
 import logging
 import math
+import os
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling.torch_varlen import TORCH_VARLEN
@@ -129,12 +130,18 @@ class VideoLlama3Trainer(Trainer):
             callbacks: further ones.
 
         Raises:
-            ValueError: for a batch size other than 1, for several GPUs in one process, or rates that train nothing.
+            ValueError: for a batch size other than 1, for several GPUs in one process, for label smoothing, or rates
+                that train nothing.
         """
         if args.per_device_train_batch_size != 1:
             raise ValueError(
                 f"Expected per_device_train_batch_size=1 (a packed row is a batch), got "
                 f"{args.per_device_train_batch_size}: raise gradient_accumulation_steps or max_length instead."
+            )
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"Expected label_smoothing_factor=0, got {args.label_smoothing_factor}: transformers would compute it "
+                "without shifting the labels, and on logits of every position."
             )
         freeze(model, rates)
         self.rates, self.limits, self.window, self.buffer_size = rates, limits, window, buffer_size
@@ -209,6 +216,10 @@ class VideoLlama3Trainer(Trainer):
             raise ValueError("Expected an eval_dataset to evaluate on, got None.")
         sampler = self._sampler(dataset, num_epochs=1, packs_per_update=self.args.world_size, seed=0)
         return self._loader(PackedSamples(dataset, self._lengths_of(dataset)), batch_sampler=sampler)
+
+    def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader[Any]:
+        """Packed rows of any set, as of the held-out one."""
+        return self.get_eval_dataloader(test_dataset)
 
     def plan_digest(self) -> str:
         """Changes when a run would read other samples, or in another order."""
@@ -362,6 +373,20 @@ class VideoLlama3Trainer(Trainer):
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     # ------------------------------------------------------------------ saving
+
+    def restore(self, checkpoint: str) -> None:
+        """Takes weights and state of a checkpoint's run that has made its last update.
+
+        Raises:
+            ValueError: for a model that is divided among processes, whose shards are read in training only.
+        """
+        if self.is_sharded:
+            raise ValueError(
+                f"Expected a checkpoint before the last update for a run that is divided among processes, got "
+                f"{checkpoint}, which has made all: raise schedule.max_steps, or go on from one before it."
+            )
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves as Trainer does; a checkpoint of shards gets configuration and processor, too.

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import platform
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 import transformers
 
 from ..conversion.model_card_folder import write_card
-from ..modeling.configuration_videollama3 import VideoLlama3Config
+from ..modeling.configuration_videollama3 import VideoLlama3Config, VideoLlama3VisionConfig
 from ..modeling.modeling_videollama3 import VideoLlama3ForCausalLM
 from ..modeling.vision_encoder_videollama3 import VideoLlama3VisionModel
 from ..processing.processing_videollama3 import VideoLlama3Processor
@@ -31,13 +30,21 @@ from .adapters import add_adapter, four_bit_config, merge_adapter
 from .length_index import Numbers, Progress, rows_for, shared_lengths
 from .packing import TOKENS, Lengths, PackedBatchSampler
 from .recipe import MUON, Recipe, training_arguments
+from .run_checkpoints import (
+    RunInCheckpoints,
+    checkpoint_to_resume,
+    delete_checkpoints,
+    flat_settings,
+    updates_of,
+    write_settings,
+)
 from .trainer import ModuleRates, RowLimits, VideoLlama3Trainer, freeze
 
 RECORD_NAME = "training_record.json"
 # Rows that are read beyond what `max_steps` asks for, as a share of that: updates do not have equally many samples.
 _SPARE_ROWS = 0.2
-# In every checkpoint: a digest of the samples of all updates in their order.
-_PLAN_NAME = "sample_order.sha256"
+# Rows are whole, so that an update has somewhat more samples than asked for; so many times as many are worth a word.
+_MORE_SAMPLES = 1.5
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +68,8 @@ def run_recipe(
         ValueError: when there is nothing to resume from; for data or settings that do not fit.
         ImportError: when a package that the recipe needs is missing.
     """
-    _require("accelerate")
-    if recipe.adapter is not None:
-        _require("peft")
-        if recipe.adapter.four_bit:
-            _require("bitsandbytes")
-    checkpoint = None if measure_for else _checkpoint(recipe, resume)
+    _check_what_it_needs(recipe)
+    checkpoint = None if measure_for else checkpoint_to_resume(recipe, resume)
     processor = build_processor(recipe)
     train, held_out = open_datasets(recipe, processor)
     # Made before anything else: it tells how many processes there are.
@@ -87,6 +90,8 @@ def run_recipe(
     arguments.gradient_accumulation_steps = accumulation_steps(
         recipe, lengths, world_size=arguments.world_size, name=getattr(train, "name", str)
     )
+    # Fresh weights of adapters, too: Trainer's own call comes after these.
+    transformers.set_seed(recipe.schedule.seed)
     trainer = VideoLlama3Trainer(
         build_model(recipe),
         arguments,
@@ -103,15 +108,18 @@ def run_recipe(
         eval_lengths=held_out_lengths,
         progress=progress,
     )
-    if lengths is not None:
-        plan = _PlanInCheckpoints(trainer.plan_digest())
-        plan.compare(checkpoint)
-        trainer.add_callback(plan)
+    remembered = RunInCheckpoints(recipe, None if lengths is None else trainer.plan_digest())
+    remembered.warn_of_other_samples(checkpoint)
+    trainer.add_callback(remembered)
     if checkpoint is None and arguments.should_save:
         # What `output.overwrite` allows; not before all samples have been measured.
-        for path in _checkpoints(recipe.output.folder).values():
-            shutil.rmtree(path)
-    trainer.train(resume_from_checkpoint=checkpoint)
+        delete_checkpoints(recipe.output.folder)
+    max_steps = recipe.schedule.max_steps
+    if checkpoint is not None and max_steps is not None and updates_of(checkpoint) >= max_steps:
+        # Killed after its last update: Trainer would make one more.
+        trainer.restore(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     _save_final(recipe, trainer)
     evaluation: dict[str, Any] = {}
     try:
@@ -156,11 +164,13 @@ def build_model(recipe: Recipe) -> Any:
 def trained_shape(recipe: Recipe) -> Any:
     """The model that a recipe trains on the device "meta": no weights, but their shapes, and which of them learn."""
     config = VideoLlama3Config.from_pretrained(recipe.model.path)
+    options = {} if recipe.model.attention is None else {"attn_implementation": recipe.model.attention}
     with torch.device("meta"):
-        model: Any = VideoLlama3ForCausalLM(config)
+        model: Any = VideoLlama3ForCausalLM._from_config(config, **options)
         if recipe.adapter is not None:
             _require("peft")
-            model = add_adapter(model, recipe.adapter, train_projector=bool(recipe.rates.projector))
+            adapter = dataclasses.replace(recipe.adapter, four_bit=False)
+            model = add_adapter(model, adapter, train_projector=bool(recipe.rates.projector))
     freeze(model, _rates(recipe))
     return model
 
@@ -204,7 +214,17 @@ def accumulation_steps(
     samples_per_row = sampler.num_samples / sampler.num_packs
     # No more than there are: an update would read the same ones again.
     samples_per_update = min(recipe.batch.samples_per_update, sampler.num_samples)
-    return max(1, round(samples_per_update / samples_per_row / world_size))
+    steps = max(1, round(samples_per_update / samples_per_row / world_size))
+    least = samples_per_row * world_size
+    if steps == 1 and least > _MORE_SAMPLES * samples_per_update:
+        logger.warning(
+            "An update has about %d samples instead of batch.samples_per_update=%d, as a row of each of %d processes "
+            "holds that many: lower data.max_length for fewer, and mind the learning rates.",
+            round(least),
+            recipe.batch.samples_per_update,
+            world_size,
+        )
+    return steps
 
 
 def open_datasets(recipe: Recipe, processor: Any) -> tuple[Any, Any]:
@@ -299,73 +319,8 @@ def packing_sampler(recipe: Recipe, lengths: Lengths, *, name: Callable[[int], s
     )
 
 
-class _PlanInCheckpoints(transformers.TrainerCallback):
-    """Puts which samples come in which order into every checkpoint; warns where a run that resumes reads others."""
-
-    def __init__(self, digest: str) -> None:
-        self.digest = digest
-
-    def compare(self, checkpoint: str | None) -> None:
-        """With what the run had that wrote a checkpoint."""
-        kept = None if checkpoint is None else Path(checkpoint) / _PLAN_NAME
-        if kept is not None and kept.is_file() and kept.read_text(encoding="utf-8").strip() != self.digest:
-            logger.warning(
-                "This run reads other samples, or in another order, than the one that wrote %s (another max_steps, "
-                "other data, limits or number of processes): some samples will be seen twice, others not in this "
-                "epoch.",
-                checkpoint,
-            )
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Of transformers' Trainer, after a checkpoint was written."""
-        if args.should_save:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (folder / _PLAN_NAME).write_text(self.digest + "\n", encoding="utf-8")
-
-
 def _length_folder(recipe: Recipe) -> str:
     return os.path.join(recipe.output.folder, "length_index")
-
-
-def _checkpoint(recipe: Recipe, resume: str | bool) -> str | None:
-    if not resume:
-        old = [path.name for path in _checkpoints(recipe.output.folder).values()]
-        if old and not recipe.output.overwrite:
-            raise ValueError(
-                f"Expected an output folder without checkpoints for a run that begins anew, got {', '.join(old)} in "
-                f"{recipe.output.folder}, which a later --resume would take for its own: pass --resume to go on from "
-                "the last one, choose another output.folder, or pass output.overwrite=true to delete them."
-            )
-        return None
-    place = resume if isinstance(resume, str) else recipe.output.folder
-    last = last_checkpoint(place) if resume is True else (place if _is_complete(Path(place)) else None)
-    if last is None:
-        raise ValueError(
-            f"Expected a complete checkpoint to resume from in {place}, got none: start without --resume."
-        )
-    return last
-
-
-def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest complete checkpoint of a run, None without one; what a killed run was just writing is passed over."""
-    complete = [path for path in _checkpoints(folder).values() if _is_complete(path)]
-    return str(complete[-1]) if complete else None
-
-
-def _checkpoints(folder: str | os.PathLike[str]) -> dict[int, Path]:
-    """Folders that Trainer writes, by their update, in order; a "checkpoint-best" is somebody else's."""
-    paths = [path for path in Path(folder).glob("checkpoint-*") if path.is_dir()]
-    numbers = {path: path.name.partition("-")[2] for path in paths}
-    return dict(sorted((int(number), path) for path, number in numbers.items() if number.isdigit()))
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the last file that Trainer writes is there in full."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 # ---------------------------------------------------------------------- results
@@ -379,6 +334,7 @@ def _save_final(recipe: Recipe, trainer: VideoLlama3Trainer) -> None:
         trainer.save_whole_model(str(folder / "adapter"))
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
+            write_settings(recipe, folder / "adapter")
             merge_adapter(_load_model(recipe, dtype=torch.float32), folder / "adapter", dtype=dtype).save_pretrained(
                 folder
             )
@@ -446,18 +402,6 @@ def mean_loss(logged: Sequence[tuple[int, float]]) -> float | None:
     return total / steps[-1] if steps[-1] else None
 
 
-def flat_settings(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as `section.key` -> number, text, true or false, or None."""
-    settings: dict[str, Any] = {}
-    for section, values in dataclasses.asdict(recipe).items():
-        if values is None:
-            settings[section] = None
-        else:
-            texts = {key: ", ".join(value) if isinstance(value, tuple) else value for key, value in values.items()}
-            settings.update({f"{section}.{key}": value for key, value in texts.items()})
-    return settings
-
-
 def _write_record(recipe: Recipe, record: dict[str, Any]) -> None:
     folder = Path(recipe.output.folder)
     (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -471,6 +415,38 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _require(package: str) -> None:
+def _require(package: str, install: str = "'videollama3[train]'") -> None:
     if not _installed(package):
-        raise ImportError(f"Expected {package} for this recipe, found none: pip install 'videollama3[train]'.")
+        raise ImportError(f"Expected {package} for this recipe, found none: pip install {install}.")
+
+
+def _check_what_it_needs(recipe: Recipe) -> None:
+    """What would else fail after all samples were measured: packages, a card, schedule, attention, another encoder."""
+    _require("accelerate")
+    if recipe.adapter is not None:
+        _require("peft")
+        if recipe.adapter.four_bit:
+            _require("bitsandbytes", "bitsandbytes")
+            if not torch.cuda.is_available():
+                raise ValueError("Expected a CUDA device for adapter.four_bit (QLoRA), got none: use the recipe lora.")
+    if os.path.isfile(os.path.join(recipe.model.path, "adapter_config.json")):
+        raise ValueError(
+            f"Expected a whole model as model.path, got the adapter {recipe.model.path}: train from the merged model "
+            "beside it, or merge it with `videollama3 convert`."
+        )
+    _check_decay(recipe.schedule.decay)
+    if recipe.model.vision_encoder is not None:
+        VideoLlama3VisionConfig.from_pretrained(recipe.model.vision_encoder)
+    trained_shape(recipe)
+
+
+def _check_decay(name: str) -> None:
+    """Some of transformers' schedules need more than a recipe says."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        transformers.get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "Expected schedule.decay as a schedule of transformers that needs no settings of its own (cosine, linear, "
+            f"constant_with_warmup, ...), got {name!r}: {error}."
+        ) from error
