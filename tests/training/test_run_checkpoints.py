@@ -124,7 +124,7 @@ def test_two_runs_with_adapters_are_the_same(task, tmp_path):  # noqa: F811
         (["schedule.decay=warmup_stable_decay"], ValueError, "needs no settings of its own (cosine, linear"),
         (["schedule.decay=cosin"], ValueError, "cosin"),
         (["model.attention=flash_attention_9"], ValueError, "flash_attention_9"),
-        (["model.vision_encoder=EMPTY"], OSError, "config.json"),
+        (["model.vision_encoder=EMPTY"], ValueError, "Expected weights of a vision encoder in model.vision_encoder"),
     ],
 )
 def test_settings_that_cannot_be_are_found_at_once(task, tmp_path, changes, error, message):  # noqa: F811

@@ -374,17 +374,15 @@ class VideoLlama3Trainer(Trainer):
 
     # ------------------------------------------------------------------ saving
 
-    def restore(self, checkpoint: str) -> None:
-        """Takes weights and state of a checkpoint's run that has made its last update.
+    def finish(self, checkpoint: str) -> None:
+        """Takes up weights and state of a run that has made its last update; Trainer's own way would make one more.
 
-        Raises:
-            ValueError: for a model that is divided among processes, whose shards are read in training only.
+        It does so here where the model is divided among processes, whose shards are read in training only.
         """
         if self.is_sharded:
-            raise ValueError(
-                f"Expected a checkpoint before the last update for a run that is divided among processes, got "
-                f"{checkpoint}, which has made all: raise schedule.max_steps, or go on from one before it."
-            )
+            logger.warning("%s has made all updates: one more is made, since shards are read in training", checkpoint)
+            self.train(resume_from_checkpoint=checkpoint)
+            return
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
 

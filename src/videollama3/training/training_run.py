@@ -22,7 +22,8 @@ import torch
 import transformers
 
 from ..conversion.model_card_folder import write_card
-from ..modeling.configuration_videollama3 import VideoLlama3Config, VideoLlama3VisionConfig
+from ..modeling.checkpoint_checks import weights_folder
+from ..modeling.configuration_videollama3 import VideoLlama3Config
 from ..modeling.modeling_videollama3 import VideoLlama3ForCausalLM
 from ..modeling.vision_encoder_videollama3 import VideoLlama3VisionModel
 from ..processing.processing_videollama3 import VideoLlama3Processor
@@ -68,8 +69,8 @@ def run_recipe(
         ValueError: when there is nothing to resume from; for data or settings that do not fit.
         ImportError: when a package that the recipe needs is missing.
     """
-    _check_what_it_needs(recipe)
     checkpoint = None if measure_for else checkpoint_to_resume(recipe, resume)
+    _check_what_it_needs(recipe)
     processor = build_processor(recipe)
     train, held_out = open_datasets(recipe, processor)
     # Made before anything else: it tells how many processes there are.
@@ -114,10 +115,9 @@ def run_recipe(
     if checkpoint is None and arguments.should_save:
         # What `output.overwrite` allows; not before all samples have been measured.
         delete_checkpoints(recipe.output.folder)
-    max_steps = recipe.schedule.max_steps
-    if checkpoint is not None and max_steps is not None and updates_of(checkpoint) >= max_steps:
-        # Killed after its last update: Trainer would make one more.
-        trainer.restore(checkpoint)
+    if checkpoint is not None and updates_of(checkpoint) >= (recipe.schedule.max_steps or math.inf):
+        # Killed after its last update.
+        trainer.finish(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     _save_final(recipe, trainer)
@@ -435,8 +435,9 @@ def _check_what_it_needs(recipe: Recipe) -> None:
             "beside it, or merge it with `videollama3 convert`."
         )
     _check_decay(recipe.schedule.decay)
-    if recipe.model.vision_encoder is not None:
-        VideoLlama3VisionConfig.from_pretrained(recipe.model.vision_encoder)
+    encoder = recipe.model.vision_encoder
+    if encoder is not None and weights_folder(encoder, {}) is None:
+        raise ValueError(f"Expected weights of a vision encoder in model.vision_encoder, got none in {encoder!r}.")
     trained_shape(recipe)
 
 
