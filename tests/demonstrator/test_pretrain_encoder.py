@@ -88,15 +88,17 @@ def test_labels_are_of_the_picture_in_the_file(drawn):
 
 def test_the_encoder_learns(drawn):
     tokenizer = make_tokenizer(num_scenes=300)
-    encoder = build_model(tokenizer.get_vocab(), vision_hidden_size=64, vision_layers=1, vision_heads=4)
-    encoder = encoder.model.vision_model
+    model = build_model(tokenizer.get_vocab(), vision_hidden_size=64, vision_layers=1, vision_heads=4)
     files = [(part, number) for part in (CAPTIONS, PICTURES) for number in range(12)]
     pictures = LabelledPictures(drawn, build_processor(tokenizer), files, seed=0)
     batch = collate([pictures[i] for i in range(len(pictures))])
-    before = encoder.embeddings.patch_embedding.weight.detach().clone()
+    before = {name: weights.detach().clone() for name, weights in model.named_parameters()}
     scores = []
     torch.manual_seed(0)  # of the heads
-    train(encoder, [batch] * 60, num_updates=60, merge=2, rate=2e-3, report=scores.append)
-    assert not torch.equal(before, encoder.embeddings.patch_embedding.weight)
+    train(model, tokenizer, [batch] * 60, num_updates=60, merge=2, rate=2e-3, report=scores.append)
+    learnt = {
+        name.split(".")[1] for name, weights in model.named_parameters() if not torch.equal(before[name], weights)
+    }
+    assert learnt == {"vision_model", "projector"}, "the words stay where they are"
     assert scores[-1].loss < 0.6 * scores[0].loss
     assert scores[-1].colors > 0.6
