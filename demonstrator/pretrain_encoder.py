@@ -1,15 +1,14 @@
-"""The demonstrator's vision encoder learns to see, and which words go with what it sees, before there are sentences.
+"""The demonstrator's vision encoder learns to see, before there are words: what stands at each visual token.
 
 Pictures that `make_data.py` drew and the checkpoint of `build_model.py` enter; the same checkpoint with a trained
-vision encoder and projector leaves. It stands for SigLIP's own training, from which the paper's encoder starts, and
-which brings pictures and words together too: the recipes then do what the paper's stages do.
+vision encoder leaves. It stands for SigLIP's own training, from which the paper's encoder starts: the recipes then do
+what the paper's stages do.
 
     python -m demonstrator.pretrain_encoder DATA START FOLDER
 
-For each visual token, as the projector hands it on, kind and colour of the shape that covers it are told by which
-word's embedding is most like it (these stay as they are), or that there is none; linear heads, thrown away afterwards,
-tell the centre of the shape, and where in the picture the token stands: after pruning the language model could not
-count it out. Four tokens of a picture with a red circle on the left:
+For each visual token linear heads, thrown away afterwards, tell kind, colour and centre of the shape that covers it,
+or that there is none, and where in the picture the token stands: after pruning the language model could not count it
+out. Four tokens of a picture with a red circle on the left:
 
     kind    circle none     colour  red none    centre  (0.2, 0.5) -    place   (0.25, 0.25) (0.75, 0.25)
             circle none             red none            (0.2, 0.5) -            (0.25, 0.75) (0.75, 0.75)
@@ -45,8 +44,6 @@ _WEIGHT_OF_NONE = 0.2
 # alone are a whisper in the output, two of its directions; bins are as loud as kinds and colours.
 _NUM_BINS = 20
 _WEIGHT_OF_BINS = 0.3
-# By which the cosine of a token and a word is multiplied, as SigLIP does.
-_SHARPNESS = 12.0
 _FOLDERS = {CAPTIONS: "captions", PICTURES: "pictures"}
 
 
@@ -145,17 +142,8 @@ class Score:
     place: float
 
 
-def word_embeddings(model: nn.Module, tokenizer: Any, words: Sequence[str]) -> torch.Tensor:
-    """Embeddings of words inside a sentence, one token each: (words, width)."""
-    numbers = [tokenizer.encode(f" {word}", add_special_tokens=False) for word in words]
-    assert all(len(tokens) == 1 for tokens in numbers), dict(zip(words, numbers, strict=True))
-    embeddings: torch.Tensor = model.get_input_embeddings().weight
-    return embeddings[[tokens[0] for tokens in numbers]].detach().clone()
-
-
 def train(
-    model: nn.Module,
-    tokenizer: Any,
+    encoder: nn.Module,
     batches: Iterable[Any],
     *,
     num_updates: int,
@@ -163,22 +151,20 @@ def train(
     rate: float,
     report: Callable[[Score], None],
 ) -> None:
-    """Trains the encoder and the projector of a model in place.
+    """Trains an encoder in place.
 
     Args:
-        model: a `VideoLlama3ForCausalLM`.
-        tokenizer: of the model.
+        encoder: a `VideoLlama3VisionModel`.
         batches: of `collate`.
         num_updates: how many there are.
         merge: side of the block of patches of a visual token.
         rate: learning rate (`MuonWithAdamW`).
         report: called after every update.
     """
-    encoder, projector = model.model.vision_model, model.model.projector
-    words = [word_embeddings(model, tokenizer, words) for words in (KINDS, COLORS)]
-    # None of the words twice; centre; place; bins.
-    heads = nn.ModuleList(nn.Linear(words[0].shape[1], size) for size in (1, 1, 2, 2, 2 * _NUM_BINS))
-    named = [*encoder.named_parameters(), *projector.named_parameters(), *heads.named_parameters()]
+    width = encoder.config.hidden_size
+    sizes = (1 + len(KINDS), 1 + len(COLORS), 2, 2, 2 * _NUM_BINS)
+    heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
+    named = [*encoder.named_parameters(), *heads.named_parameters()]
     optimizer = _optimizer(named, rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / num_updates))
@@ -186,11 +172,8 @@ def train(
     encoder.train()
     for pixels, grids, labels, centers, places in batches:
         merges = torch.full((len(grids),), merge)
-        seen = projector(encoder(pixel_values=pixels, grid_thw=grids, merge_sizes=merges).last_hidden_state)
-        told = [head(seen) for head in heads]
-        likeness = [_SHARPNESS * nn.functional.normalize(seen) @ nn.functional.normalize(words[i]).T for i in range(2)]
-        told[:2] = [torch.cat([told[i], likeness[i]], dim=1) for i in range(2)]
-        loss, score = _loss(told, labels, centers, places)
+        hidden = encoder(pixel_values=pixels, grid_thw=grids, merge_sizes=merges).last_hidden_state
+        loss, score = _loss([head(hidden) for head in heads], labels, centers, places)
         loss.backward()
         nn.utils.clip_grad_norm_([parameter for _, parameter in named], 1.0)
         optimizer.step()
@@ -288,8 +271,8 @@ def main() -> None:
         generator=torch.Generator().manual_seed(options.seed),
     )
     merge = processor.image_processor.merge_size
-    report = _Report(every=50)
-    train(model, processor.tokenizer, loader, num_updates=len(loader), merge=merge, rate=options.rate, report=report)
+    encoder = model.model.vision_model
+    train(encoder, loader, num_updates=len(loader), merge=merge, rate=options.rate, report=_Report(every=50))
     model.save_pretrained(options.folder)
     processor.save_pretrained(options.folder)
     print(f"wrote {options.folder}")
