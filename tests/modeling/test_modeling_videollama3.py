@@ -567,6 +567,19 @@ def test_token_embeddings_can_grow(model, request_with_media):
         )
 
 
+@torch.no_grad()
+def test_an_answer_may_hold_a_placeholder(model):
+    """With and without a cache; it is text like any other."""
+
+    def image_token(input_ids, scores):
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([IMAGE]), 0.0)
+
+    row = prompt(text(5))
+    for use_cache in (True, False):
+        options = {**GREEDY, "use_cache": use_cache, "logits_processor": [image_token]}
+        assert model.generate(**row, **options)[0, 5:].tolist() == [IMAGE] * GREEDY["max_new_tokens"]
+
+
 # --- Auto classes ---
 
 

@@ -255,7 +255,8 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
         # A step of decoding is not looked at: that would wait for the device at every token.
         given: Any = input_ids if inputs_embeds is None else inputs_embeds
         is_step = past_key_values is not None and given.shape[1] == 1
-        is_start = not (is_step or torch.compiler.is_compiling()) and (
+        # Without a cache `generate` comes with its answer, too, in which the model may say anything.
+        is_start = not (is_step or use_cache is False or torch.compiler.is_compiling()) and (
             past_key_values is None or past_key_values.get_seq_length() == 0
         )
         inputs_embeds = self._embed(
