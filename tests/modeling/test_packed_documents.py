@@ -10,7 +10,8 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import videollama3
-from videollama3.modeling.packed_documents import look_at_positions
+from videollama3.modeling import packed_documents
+from videollama3.modeling.packed_documents import look_at_positions, read_documents
 
 from .tiny import IMAGE, VIDEO, image_and_video_request, prompt, text, tiny_config, videos
 
@@ -338,10 +339,19 @@ def test_a_stand_in_for_flash_gets_the_bounds_of_every_document(monkeypatch, pos
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_stand_in", _flash_stand_in)
     monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "flash_stand_in")
     torch.compiler.reset()
+    reads = []
+
+    def counted(*arguments):
+        reads.append(read_documents(*arguments))
+        return reads[-1]
+
+    monkeypatch.setattr(packed_documents, "read_documents", counted)
     run = torch.compile(model, backend="eager") if compiled else model
     mask = None if mask is None else torch.tensor([mask])
     logits = run(input_ids=ids, position_ids=positions, attention_mask=mask).logits[:, :count]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    # For all layers together: it waits for the device.
+    assert len(reads) == 1
 
 
 @torch.no_grad()

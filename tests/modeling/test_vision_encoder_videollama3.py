@@ -289,6 +289,21 @@ def test_blocks_of_rows_equal_the_whole(monkeypatch, dtype, threads):
     torch.testing.assert_close(mapped, layer(hidden).detach(), atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
 
 
+@torch.no_grad()
+def test_segments_and_rotations_are_made_once_for_all_layers(monkeypatch):
+    encoder, calls = _encoder(), []
+
+    def counted(name):
+        made = getattr(module, name)
+        return lambda *args, **kwargs: (calls.append(name), made(*args, **kwargs))[1]
+
+    for name in ("pack_segments", "rotary_table"):
+        monkeypatch.setattr(module, name, counted(name))
+    encoder(*media(GRIDS, MERGES))
+    assert encoder.config.num_hidden_layers > 1
+    assert sorted(calls) == ["pack_segments", "rotary_table"]
+
+
 # --- states of the layers ---
 
 
