@@ -201,7 +201,7 @@ def test_an_adapters_own_processor_is_taken(golden_folder, tmp_path):
     processor.image_processor.merge_size = 2
     processor.video_processor.use_token_compression = not processor.video_processor.use_token_compression
     processor.save_pretrained(tmp_path / "adapter")
-    convert_checkpoint(tmp_path / "adapter", tmp_path / "out", to="plugin")
+    convert_checkpoint(tmp_path / "adapter", tmp_path / "out", to="plugin", verify=True)
     assert_equal(tmp_path / "out", merged)
     result = videollama3.VideoLlama3Processor.from_pretrained(tmp_path / "out")
     assert result.image_processor.merge_size == 2

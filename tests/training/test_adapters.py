@@ -12,7 +12,7 @@ from videollama3.training.trainer import ModuleRates, RowLimits, VideoLlama3Trai
 from videollama3.training.training_run import run_recipe
 
 from .synthetic import IMAGE, MIXED, TEXT, VIDEO, Samples, arguments, tiny_model
-from .test_recipe import RECIPES, _overrides, task  # noqa: F401
+from .tiny_task import RECIPES, recipe_overrides
 
 pytest.importorskip("peft")
 # peft calls transformers by names that are on their way out.
@@ -47,7 +47,7 @@ def test_four_bits_are_for_the_layers_of_the_language_model_only():
     assert len(converted) == 14
 
 
-def test_an_encoder_that_replaces_the_models_is_in_the_merged_weights(task, tmp_path):  # noqa: F811
+def test_an_encoder_that_replaces_the_models_is_in_the_merged_weights(task, tmp_path):
     other = VideoLlama3ForCausalLM.from_pretrained(task[0])
     with torch.no_grad():
         for parameter in other.model.vision_model.parameters():
@@ -55,7 +55,7 @@ def test_an_encoder_that_replaces_the_models_is_in_the_merged_weights(task, tmp_
     other.model.vision_model.save_pretrained(tmp_path / "encoder")
     more = [f"model.vision_encoder={tmp_path / 'encoder'}", "adapter.rank=4", "schedule.max_steps=1"]
     more += ["output.dtype=float32", "schedule.optimizer=adamw_torch", "data.eval=[]"]
-    run_recipe(load_recipe(RECIPES / "lora.yaml", _overrides(task, tmp_path / "out", *more)))
+    run_recipe(load_recipe(RECIPES / "lora.yaml", recipe_overrides(task, tmp_path / "out", *more)))
     weights = load_file(tmp_path / "out" / "model.safetensors")
     for name, parameter in other.model.vision_model.named_parameters():
         assert torch.equal(weights[f"model.vision_model.{name}"], parameter), name
@@ -80,7 +80,7 @@ def test_adapters_and_the_projector_move_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("targets", ["llm", "llm_and_encoder"])
-def test_merged_weights_equal_the_adapter(task, tmp_path, targets):  # noqa: F811
+def test_merged_weights_equal_the_adapter(task, tmp_path, targets):
     """A whole run: the folder's plain weights give what the base with the adapter beside them gives."""
     from peft import PeftModel
 
@@ -88,7 +88,7 @@ def test_merged_weights_equal_the_adapter(task, tmp_path, targets):  # noqa: F81
     if targets == "llm_and_encoder":
         more.append("rates.encoder=1e-2")
     more += ["schedule.epochs=3", "output.dtype=float32", "schedule.optimizer=adamw_torch"]
-    run_recipe(load_recipe(RECIPES / "lora.yaml", _overrides(task, tmp_path, *more)))
+    run_recipe(load_recipe(RECIPES / "lora.yaml", recipe_overrides(task, tmp_path, *more)))
     base = VideoLlama3ForCausalLM.from_pretrained(task[0], dtype=torch.float32).eval()
     merged = VideoLlama3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     _, processor = tiny_model()

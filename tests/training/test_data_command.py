@@ -207,12 +207,15 @@ def test_check_of_a_recipe_reads_as_it_does_and_says_what_a_step_holds(rows, rec
     trained = count - sum(weights.numel() for weights in model.model.vision_model.parameters())
     mib = [f"{times * number / 2**20:.0f}" for times, number in ((4, count), (4, trained), (8, trained))]
     assert "held all the time, MiB: weights {}, gradients {}, moments {}".format(*mib) in out
+    assert "Moments are counted" not in out
     assert not (path.parent / "out").exists()
 
     # Settings behind it count, the rows held out are looked at too, and bad ones fail.
+    muon = ["schedule.optimizer=muon"]
     held_out = f"data.eval=[{rows / 'bad.json'}]"
-    assert main(["data", "check", str(path), "model.prune=true", "data.max_length=400", held_out]) == 1
+    assert main(["data", "check", str(path), "model.prune=true", "data.max_length=400", held_out, *muon]) == 1
     captured = capsys.readouterr()
+    assert "Moments are counted as AdamW has them; those of muon may be fewer." in captured.out
     assert "packed: 1 rows of at most 400 tokens" in captured.out
     assert "pruned: 0 of 84" not in captured.out
     assert "held out: 7 rows, 3 bad, 4 measured" in captured.out

@@ -23,36 +23,11 @@ from videollama3.training.recipe import load_recipe, recipe_from_dict, training_
 from videollama3.training.run_checkpoints import last_checkpoint
 from videollama3.training.training_run import accumulation_steps, mean_loss, row_limits, run_recipe
 
-from .tiny_task import write_checkpoint, write_rows
+from .tiny_task import RECIPES, recipe_overrides, write_rows
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 # Python 3.12 warns of every fork in a process that has threads; torch has some.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """A checkpoint's folder and a file of rows."""
-    folder = tmp_path_factory.mktemp("task")
-    return write_checkpoint(folder / "start"), write_rows(folder / "data")
-
-
-def _overrides(task, folder, *more):
-    start, rows = task
-    return [
-        f"model.path={start}",
-        f"data.train={rows}",
-        f"data.eval={rows}",
-        "data.workers=0",
-        "data.max_length=300",
-        "batch.gradient_accumulation_steps=1",
-        "schedule.warmup=0",
-        "schedule.precision=fp32",
-        "output.log_every=1",
-        f"output.folder={folder}",
-        *more,
-    ]
 
 
 def _minimal(**sections):
@@ -256,7 +231,7 @@ def test_the_loss_of_every_stage_goes_down(task, tmp_path, stage):
     # All rows in one, so that the losses of all updates are of the same samples.
     rates = ["rates.encoder=1e-3", "rates.projector=1e-2"] if stage == "stage1" else ["rates.llm=3e-3"]
     more = (*rates, "schedule.epochs=12", "schedule.precision=bf16", "data.max_length=4000")
-    record = run_recipe(load_recipe(RECIPES / f"{stage}.yaml", _overrides(task, tmp_path, *more)))
+    record = run_recipe(load_recipe(RECIPES / f"{stage}.yaml", recipe_overrides(task, tmp_path, *more)))
     losses = _losses(tmp_path)
     assert len(losses) == 12
     # Measured 5.605 to 5.558 in stage 1, where a random language model stays as it is, and to 4.605 in the others.
@@ -274,7 +249,7 @@ def test_the_loss_of_every_stage_goes_down(task, tmp_path, stage):
 
 def test_a_run_from_the_command_line(task, tmp_path, capsys):
     """Trains, and leaves a folder that answers, with a record and a card."""
-    arguments = ["train", str(RECIPES / "stage4.yaml"), *_overrides(task, tmp_path, "schedule.max_steps=2")]
+    arguments = ["train", str(RECIPES / "stage4.yaml"), *recipe_overrides(task, tmp_path, "schedule.max_steps=2")]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert "trained 2 updates, last loss" in out
@@ -300,7 +275,7 @@ def test_rows_that_max_steps_does_not_come_to_are_not_read(task, tmp_path, max_l
     """Two updates of three samples take six and two to spare; where a row holds more samples than that, all are read."""
     more = ["schedule.max_steps=2", "batch.samples_per_update=3", f"data.max_length={max_length}", "data.eval=[]"]
     more.append("batch.gradient_accumulation_steps=null")
-    record = run_recipe(load_recipe(RECIPES / "stage4.yaml", _overrides(task, tmp_path, *more)))
+    record = run_recipe(load_recipe(RECIPES / "stage4.yaml", recipe_overrides(task, tmp_path, *more)))
     assert record["num_updates"] == 2
     assert (record["num_train_samples"], record["num_skipped_samples"]) == (num_rows, 0)
     assert record["num_unread_samples"] == 10 - num_rows
@@ -314,7 +289,7 @@ def test_rows_that_max_steps_does_not_come_to_are_not_read(task, tmp_path, max_l
 def test_a_sample_beyond_a_limit_is_named(task, tmp_path):
     more = ("batch.gradient_accumulation_steps=null", "batch.max_patches=5", "data.eval=[]")
     with pytest.raises(ValueError, match=r"max_patches=5, got \d+ patches in sample rows.jsonl row \d"):
-        run_recipe(load_recipe(RECIPES / "stage4.yaml", _overrides(task, tmp_path, *more)))
+        run_recipe(load_recipe(RECIPES / "stage4.yaml", recipe_overrides(task, tmp_path, *more)))
 
 
 def test_rows_that_are_skipped_are_told_and_tried_again(task, tmp_path, capsys):
@@ -322,7 +297,7 @@ def test_rows_that_are_skipped_are_told_and_tried_again(task, tmp_path, capsys):
     text = Path(task[1]).read_text()
     rows.write_text(text + json.dumps({**json.loads(text.splitlines()[0]), "image": ["late.png"]}) + "\n")
     more = [f"data.train={rows}", f"data.media_root={Path(task[1]).parent}", "data.eval=[]", "schedule.max_steps=1"]
-    arguments = ["train", str(RECIPES / "stage4.yaml"), *_overrides(task, tmp_path / "out", *more)]
+    arguments = ["train", str(RECIPES / "stage4.yaml"), *recipe_overrides(task, tmp_path / "out", *more)]
     assert cli.main([*arguments, "data.on_error=skip"]) == 0
     assert "left out 1 samples that could not be used (`videollama3 data check` says why)" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "training_record.json").read_text())
@@ -343,7 +318,7 @@ def test_a_bad_row_of_the_held_out_set_is_found_before_training(task, tmp_path):
         )
         + "\n"
     )
-    recipe = load_recipe(RECIPES / "stage4.yaml", _overrides(task, tmp_path / "out", f"data.eval={held_out}"))
+    recipe = load_recipe(RECIPES / "stage4.yaml", recipe_overrides(task, tmp_path / "out", f"data.eval={held_out}"))
     for measure_for in (1, None):
         with pytest.raises(ValueError, match=r"held_out.jsonl row 0"):
             run_recipe(recipe, measure_for=measure_for)
@@ -353,23 +328,23 @@ def test_a_bad_row_of_the_held_out_set_is_found_before_training(task, tmp_path):
 def test_a_run_that_resumes_with_other_samples_warns(task, tmp_path, caplog):
     more = ["output.save_every=1", "data.eval=[]", "data.max_length=170"]
     recipe = RECIPES / "stage2.yaml"
-    run_recipe(load_recipe(recipe, _overrides(task, tmp_path, *more, "schedule.max_steps=2")))
-    run_recipe(load_recipe(recipe, _overrides(task, tmp_path, *more, "schedule.max_steps=3")), resume=True)
+    run_recipe(load_recipe(recipe, recipe_overrides(task, tmp_path, *more, "schedule.max_steps=2")))
+    run_recipe(load_recipe(recipe, recipe_overrides(task, tmp_path, *more, "schedule.max_steps=3")), resume=True)
     assert "reads other samples" not in caplog.text
     changed = [*more, "batch.window=2"]
-    run_recipe(load_recipe(recipe, _overrides(task, tmp_path, *changed, "schedule.max_steps=4")), resume=True)
+    run_recipe(load_recipe(recipe, recipe_overrides(task, tmp_path, *changed, "schedule.max_steps=4")), resume=True)
     assert "This run reads other samples, or in another order, than the one that wrote" in caplog.text
     # A checkpoint says under which plan it was written.
     caplog.clear()
-    run_recipe(load_recipe(recipe, _overrides(task, tmp_path, *changed, "schedule.max_steps=5")), resume=True)
+    run_recipe(load_recipe(recipe, recipe_overrides(task, tmp_path, *changed, "schedule.max_steps=5")), resume=True)
     assert "reads other samples" not in caplog.text
-    run_recipe(load_recipe(recipe, _overrides(task, tmp_path, *more, "schedule.max_steps=6")), resume=True)
+    run_recipe(load_recipe(recipe, recipe_overrides(task, tmp_path, *more, "schedule.max_steps=6")), resume=True)
     assert "reads other samples" in caplog.text
 
 
 def test_the_last_update_is_logged(task, tmp_path):
     more = ("schedule.max_steps=3", "output.log_every=10", "data.eval=[]", "data.max_length=170")
-    record = run_recipe(load_recipe(RECIPES / "stage2.yaml", _overrides(task, tmp_path, *more)))
+    record = run_recipe(load_recipe(RECIPES / "stage2.yaml", recipe_overrides(task, tmp_path, *more)))
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     logged = [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
     assert [step for step, _ in logged] == [1, 3]
@@ -378,7 +353,8 @@ def test_the_last_update_is_logged(task, tmp_path):
     # A checkpoint's too, so that what a run that resumes logs next begins there.
     run_recipe(
         load_recipe(
-            RECIPES / "stage2.yaml", _overrides(task, tmp_path, *more, "output.save_every=2", "output.overwrite=true")
+            RECIPES / "stage2.yaml",
+            recipe_overrides(task, tmp_path, *more, "output.save_every=2", "output.overwrite=true"),
         )
     )
     state = json.loads((tmp_path / "trainer_state.json").read_text())
@@ -387,7 +363,7 @@ def test_the_last_update_is_logged(task, tmp_path):
 
 def test_a_streamed_run(task, tmp_path):
     more = ("data.streaming=true", "schedule.max_steps=3", "batch.buffer_size=4", "data.eval=[]", "data.workers=2")
-    record = run_recipe(load_recipe(RECIPES / "stage2.yaml", _overrides(task, tmp_path, *more)))
+    record = run_recipe(load_recipe(RECIPES / "stage2.yaml", recipe_overrides(task, tmp_path, *more)))
     assert record["num_updates"] == 3
     assert record["num_train_samples"] is None
     assert record["num_epochs"] is None
@@ -404,7 +380,7 @@ def test_a_stream_of_one_shard_is_read_by_one_worker(task, tmp_path, caplog, mon
     datasets.Dataset.from_list(texts).to_parquet(str(tmp_path / "rows" / "train.parquet"))
     more = ["data.streaming=true", "schedule.max_steps=2", "batch.buffer_size=2", "data.eval=[]", "data.workers=2"]
     more.append(f"data.train={tmp_path / 'rows'}")
-    record = run_recipe(load_recipe(RECIPES / "stage2.yaml", _overrides(task, tmp_path / "out", *more)))
+    record = run_recipe(load_recipe(RECIPES / "stage2.yaml", recipe_overrides(task, tmp_path / "out", *more)))
     assert record["num_updates"] == 2
     assert "1 of 2 workers read" in caplog.text
 
@@ -413,7 +389,7 @@ def test_tensorboard_is_written_where_it_is_installed(task, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    overrides = _overrides(task, tmp_path, "schedule.max_steps=2")
+    overrides = recipe_overrides(task, tmp_path, "schedule.max_steps=2")
     run_recipe(load_recipe(RECIPES / "stage2.yaml", overrides))
     (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
     accumulator = EventAccumulator(str(folder)).Reload()
@@ -422,14 +398,14 @@ def test_tensorboard_is_written_where_it_is_installed(task, tmp_path):
 
 
 def test_measuring_alone(task, tmp_path, capsys):
-    arguments = ["train", str(RECIPES / "stage2.yaml"), *_overrides(task, tmp_path), "--measure-only"]
+    arguments = ["train", str(RECIPES / "stage2.yaml"), *recipe_overrides(task, tmp_path), "--measure-only"]
     assert cli.main(arguments) == 0
     assert "measured 10 samples" in capsys.readouterr().out
     assert len(list((tmp_path / "length_index").glob("lengths-*.npy"))) == 1
     # Eight processes take eight rows an update at least, however few samples are asked for.
     more = ("schedule.max_steps=1", "batch.samples_per_update=1", "batch.gradient_accumulation_steps=null")
     for processes, printed in (((), "measured 2 samples"), (("8",), "measured 10 samples")):
-        arguments = ["train", "stage2", *_overrides(task, tmp_path, *more), "--measure-only", *processes]
+        arguments = ["train", "stage2", *recipe_overrides(task, tmp_path, *more), "--measure-only", *processes]
         assert cli.main(arguments) == 0
         assert printed in capsys.readouterr().out
     assert not (tmp_path / "model.safetensors").exists()
@@ -437,10 +413,10 @@ def test_measuring_alone(task, tmp_path, capsys):
 
 def test_a_run_that_begins_anew_wants_a_folder_without_checkpoints(task, tmp_path):
     more = ("schedule.max_steps=2", "output.save_every=1")
-    run_recipe(load_recipe(RECIPES / "stage2.yaml", _overrides(task, tmp_path, *more)))
+    run_recipe(load_recipe(RECIPES / "stage2.yaml", recipe_overrides(task, tmp_path, *more)))
     (tmp_path / "checkpoint-best").mkdir()
     message = re.escape("a later --resume would take for its own: pass --resume to go on")
-    again = _overrides(task, tmp_path, "schedule.max_steps=1")
+    again = recipe_overrides(task, tmp_path, "schedule.max_steps=1")
     with pytest.raises(ValueError, match=message):
         run_recipe(load_recipe(RECIPES / "stage2.yaml", again))
     assert run_recipe(load_recipe(RECIPES / "stage2.yaml", again), measure_for=1)["num_train_samples"] == 10
@@ -453,7 +429,7 @@ def test_a_held_out_sample_beyond_a_limit_is_found_before_training(task, tmp_pat
     more = ("schedule.max_steps=2", "batch.max_patches=30")
     texts = [row for row in Path(task[1]).read_text().splitlines() if '"video"' not in row and '"image"' not in row]
     (tmp_path / "texts.jsonl").write_text("\n".join(texts) + "\n")
-    overrides = [*_overrides(task, tmp_path / "out", *more), f"data.train={tmp_path / 'texts.jsonl'}"]
+    overrides = [*recipe_overrides(task, tmp_path / "out", *more), f"data.train={tmp_path / 'texts.jsonl'}"]
     with pytest.raises(ValueError, match=r"patches"):
         run_recipe(load_recipe(RECIPES / "stage2.yaml", overrides))
     assert not (tmp_path / "out" / "config.json").exists()
@@ -462,7 +438,7 @@ def test_a_held_out_sample_beyond_a_limit_is_found_before_training(task, tmp_pat
 def test_what_was_trained_is_recorded_though_the_evaluation_fails(task, tmp_path):
     """A picture of the held-out set is gone since its length was measured."""
     held_out, out = Path(write_rows(tmp_path / "held_out", repeats=1)), tmp_path / "out"
-    overrides = _overrides(task, out, f"data.eval={held_out}", "schedule.max_steps=1")
+    overrides = recipe_overrides(task, out, f"data.eval={held_out}", "schedule.max_steps=1")
     recipe = load_recipe(RECIPES / "stage2.yaml", overrides)
     run_recipe(recipe, measure_for=1)
     media = [path for path in held_out.parent.rglob("*") if path.suffix in (".png", ".mp4")]
@@ -494,10 +470,10 @@ def test_a_setting_behind_resume_is_no_checkpoint(capsys):
 def test_a_killed_run_resumes_to_the_same_losses(task, tmp_path):
     more = ("schedule.epochs=8", "output.save_every=2", "output.keep=null", "rates.llm=1e-3")
     recipe = RECIPES / "stage2.yaml"
-    whole = run_recipe(load_recipe(recipe, _overrides(task, tmp_path / "whole", *more)))
+    whole = run_recipe(load_recipe(recipe, recipe_overrides(task, tmp_path / "whole", *more)))
     assert whole["num_updates"] >= 16
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "videollama3", "train", str(recipe), *_overrides(task, killed, *more)]
+    command = [sys.executable, "-m", "videollama3", "train", str(recipe), *recipe_overrides(task, killed, *more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

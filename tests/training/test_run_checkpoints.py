@@ -14,7 +14,7 @@ from videollama3.training.recipe import load_recipe
 from videollama3.training.run_checkpoints import RunInCheckpoints, checkpoint_to_resume, updates_of, write_settings
 from videollama3.training.training_run import run_recipe
 
-from .test_recipe import RECIPES, _overrides, task  # noqa: F401
+from .tiny_task import RECIPES, recipe_overrides
 
 # peft calls transformers by names that are on their way out; Python 3.12 warns of forks beside torch's threads.
 pytestmark = [
@@ -33,7 +33,7 @@ def _checkpoint(recipe, step=7):
 
 
 def _recipe(name, checkpoint_and_rows, folder, *more):
-    return load_recipe(RECIPES / f"{name}.yaml", _overrides(checkpoint_and_rows, folder, *more))
+    return load_recipe(RECIPES / f"{name}.yaml", recipe_overrides(checkpoint_and_rows, folder, *more))
 
 
 @pytest.mark.parametrize(
@@ -50,20 +50,20 @@ def _recipe(name, checkpoint_and_rows, folder, *more):
         ),
     ],
 )
-def test_settings_that_come_from_the_checkpoint_must_be_those_of_before(task, tmp_path, name, changes, told):  # noqa: F811
+def test_settings_that_come_from_the_checkpoint_must_be_those_of_before(task, tmp_path, name, changes, told):
     checkpoint = _checkpoint(_recipe(name, task, tmp_path))
     assert checkpoint_to_resume(_recipe(name, task, tmp_path), True) == checkpoint
     with pytest.raises(ValueError, match=re.escape(told)):
         checkpoint_to_resume(_recipe(name, task, tmp_path, *changes), True)
 
 
-def test_a_full_run_does_not_go_on_from_adapters(task, tmp_path):  # noqa: F811
+def test_a_full_run_does_not_go_on_from_adapters(task, tmp_path):
     _checkpoint(_recipe("lora", task, tmp_path))
     with pytest.raises(ValueError, match=re.escape("adapter.rank=None instead of 64")):
         checkpoint_to_resume(_recipe("stage2", task, tmp_path), True)
 
 
-def test_other_settings_and_old_checkpoints_go_on(task, tmp_path):  # noqa: F811
+def test_other_settings_and_old_checkpoints_go_on(task, tmp_path):
     checkpoint = _checkpoint(_recipe("stage1", task, tmp_path))
     # Frozen is frozen; a longer run, other logs and another shape of the schedule are the user's.
     more = ["rates.llm=0", "schedule.max_steps=99", "schedule.decay=constant", "output.log_every=3"]
@@ -73,7 +73,7 @@ def test_other_settings_and_old_checkpoints_go_on(task, tmp_path):  # noqa: F811
     assert updates_of(checkpoint) == 7
 
 
-def test_a_stream_with_other_settings_warns(task, tmp_path, caplog):  # noqa: F811
+def test_a_stream_with_other_settings_warns(task, tmp_path, caplog):
     steps = ["data.streaming=true", "schedule.max_steps=9"]
     checkpoint = _checkpoint(_recipe("stage2", task, tmp_path, *steps))
     with caplog.at_level(logging.WARNING):
@@ -85,7 +85,7 @@ def test_a_stream_with_other_settings_warns(task, tmp_path, caplog):  # noqa: F8
     assert "(data.max_frames=3 instead of 180, batch.buffer_size=2 instead of 64)" in record.getMessage()
 
 
-def test_a_run_that_was_killed_after_its_last_update_makes_no_other(task, tmp_path):  # noqa: F811
+def test_a_run_that_was_killed_after_its_last_update_makes_no_other(task, tmp_path):
     more = ["schedule.max_steps=3", "output.save_every=1", "schedule.decay=constant", "output.dtype=float32"]
     recipe = _recipe("stage2", task, tmp_path, *more, "output.keep=null")
     whole = run_recipe(recipe)
@@ -102,7 +102,7 @@ def test_a_run_that_was_killed_after_its_last_update_makes_no_other(task, tmp_pa
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_two_runs_with_adapters_are_the_same(task, tmp_path):  # noqa: F811
+def test_two_runs_with_adapters_are_the_same(task, tmp_path):
     """Fresh weights come from the recipe's seed, whatever was drawn before."""
     pytest.importorskip("peft")
     more = ["adapter.rank=4", "schedule.max_steps=1", "data.eval=[]", "schedule.optimizer=adamw_torch"]
@@ -127,13 +127,13 @@ def test_two_runs_with_adapters_are_the_same(task, tmp_path):  # noqa: F811
         (["model.vision_encoder=EMPTY"], ValueError, "Expected weights of a vision encoder in model.vision_encoder"),
     ],
 )
-def test_settings_that_cannot_be_are_found_at_once(task, tmp_path, changes, error, message):  # noqa: F811
+def test_settings_that_cannot_be_are_found_at_once(task, tmp_path, changes, error, message):
     with pytest.raises(error, match=re.escape(message)):
         run_recipe(_recipe("stage2", task, tmp_path, *(change.replace("EMPTY", str(tmp_path)) for change in changes)))
     assert not (tmp_path / "length_index").exists()
 
 
-def test_an_adapter_is_no_model_to_train(task, tmp_path):  # noqa: F811
+def test_an_adapter_is_no_model_to_train(task, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     recipe = _recipe("stage2", task, tmp_path / "out", f"model.path={tmp_path / 'adapter'}")
@@ -142,14 +142,14 @@ def test_an_adapter_is_no_model_to_train(task, tmp_path):  # noqa: F811
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_four_bits_without_a_card(task, tmp_path, monkeypatch):  # noqa: F811
+def test_four_bits_without_a_card(task, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.setattr("videollama3.training.training_run._installed", lambda package: True)
     with pytest.raises(ValueError, match=re.escape("Expected a CUDA device for adapter.four_bit")):
         run_recipe(_recipe("qlora", task, tmp_path))
 
 
-def test_rows_that_hold_more_samples_than_an_update_should_warn(task, tmp_path, caplog):  # noqa: F811
+def test_rows_that_hold_more_samples_than_an_update_should_warn(task, tmp_path, caplog):
     more = ["batch.gradient_accumulation_steps=null", "batch.samples_per_update=1", "schedule.max_steps=1"]
     with caplog.at_level(logging.WARNING):
         run_recipe(_recipe("stage1", task, tmp_path, *more, "data.max_length=2000", "data.eval=[]"))

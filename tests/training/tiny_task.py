@@ -1,12 +1,15 @@
 """A checkpoint and rows on disk for whole runs: pictures, a clip and text, few enough for seconds on the CPU."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from tests.media import write_clip
 from videollama3.random_checkpoint import build_random
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def write_checkpoint(folder):
@@ -34,6 +37,24 @@ def write_rows(folder, *, repeats=2):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows * repeats))
     return str(path)
+
+
+def recipe_overrides(task, folder, *more):
+    """Settings with which a recipe trains on (checkpoint, rows) in seconds."""
+    start, rows = task
+    return [
+        f"model.path={start}",
+        f"data.train={rows}",
+        f"data.eval={rows}",
+        "data.workers=0",
+        "data.max_length=300",
+        "batch.gradient_accumulation_steps=1",
+        "schedule.warmup=0",
+        "schedule.precision=fp32",
+        "output.log_every=1",
+        f"output.folder={folder}",
+        *more,
+    ]
 
 
 def _turns(question, answer):

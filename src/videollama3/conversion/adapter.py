@@ -75,6 +75,17 @@ def is_adapter(folder: str) -> bool:
     return os.path.lexists(os.path.join(folder, ADAPTER_CONFIG))
 
 
+def processor_folder(base: str, adapter: Adapter | None) -> str:
+    """Where the processor of a model with an adapter is: it may merge or prune otherwise than its base's.
+
+    Args:
+        base: folder of the weights that the adapter changes.
+        adapter: None where there is none.
+    """
+    own = adapter is not None and os.path.lexists(os.path.join(adapter.folder, "processor_config.json"))
+    return adapter.folder if adapter is not None and own else base
+
+
 def read_adapter(folder: str) -> Adapter:
     """Reads an adapter's settings and the headers of its weights.
 

@@ -21,7 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling import checkpoint_layouts as layouts
-from .adapter import RUN_SETTINGS_NAME, Adapter, is_adapter, merged_stream, read_adapter
+from .adapter import RUN_SETTINGS_NAME, Adapter, is_adapter, merged_stream, processor_folder, read_adapter
 from .partial_folder import partial_folder
 from .processor_files import load_processor, placeholder_index, write_image_processor, write_processor
 from .source_checkpoint import (
@@ -214,10 +214,7 @@ def _write_settings(
         remarks = write_image_processor(checkpoint.folder, target, to=to)
         config = _encoder_config(checkpoint, to)
     else:
-        folder = checkpoint.folder
-        if adapter is not None and os.path.lexists(os.path.join(adapter.folder, "processor_config.json")):
-            # It was trained with that one, which may merge or prune otherwise than its base's.
-            folder = adapter.folder
+        folder = processor_folder(checkpoint.folder, adapter)
         processor = load_processor(folder)
         remarks = write_processor(folder, target, to=to, processor=processor)
         config = _whole_config(checkpoint, to, processor)

@@ -16,7 +16,7 @@ from ..modeling.modeling_videollama3 import VideoLlama3ForCausalLM
 from ..modeling.vision_encoder_videollama3 import VideoLlama3VisionModel
 from ..processing.image_processing_videollama3 import VideoLlama3ImageProcessor
 from ..processing.video_processing_videollama3 import VideoLlama3VideoProcessor
-from .adapter import Adapter
+from .adapter import Adapter, processor_folder
 from .processor_files import load_processor
 
 # Same weights, same inputs, float32: what remains is the order of sums. Tiny twins differ by up to 4e-6 of the largest
@@ -43,7 +43,7 @@ def compare_logits(
     Raises:
         ValueError: for a difference above `TOLERANCE`, or where the processors of both sides differ.
     """
-    inputs = _inputs(source, whole)
+    inputs = _inputs(processor_folder(source, adapter), whole)
     if whole:
         _compare_inputs(inputs, _inputs(target, whole))
     expected = _run(_source_model(source, whole, dtype, adapter), inputs)

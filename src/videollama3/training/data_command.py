@@ -154,6 +154,8 @@ def _print_rows(task: _Task, costs: list[SampleCost]) -> None:
     four_bit = recipe.adapter is not None and recipe.adapter.four_bit
     held = None if four_bit else HeldMemory.of(trained_shape(recipe))
     print(rows_table(packs, costs, task.memory, held))
+    if held is not None and not recipe.schedule.optimizer.startswith("adamw"):
+        print(f"Moments are counted as AdamW has them; those of {recipe.schedule.optimizer} may be fewer.")
     if four_bit:
         print("What weights in 4 bits take is not estimated.")
     if not recipe.model.gradient_checkpointing:
