@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from videollama3 import VideoLlama3ForCausalLM
-from videollama3.training.adapters import NOT_QUANTIZED, add_adapter
+from videollama3.training.adapters import NOT_QUANTIZED, add_adapter, remove_empty_card
 from videollama3.training.collator import PackingCollator
 from videollama3.training.recipe import AdapterRecipe, load_recipe
 from videollama3.training.trainer import ModuleRates, RowLimits, VideoLlama3Trainer
@@ -102,3 +102,24 @@ def test_merged_weights_equal_the_adapter(task, tmp_path, targets):
     # Measured worst case 1.4e-6 of 0.4; without the adapter it is off by 0.58.
     torch.testing.assert_close(result, adapted, atol=1e-5, rtol=0)
     assert not any("lora" in name for name in load_file(tmp_path / "model.safetensors"))
+
+
+def test_an_adapter_has_a_card_that_is_filled_in(task, tmp_path):
+    more = ["schedule.max_steps=1", "adapter.rank=4", "output.model_card=true"]
+    run_recipe(load_recipe(RECIPES / "lora.yaml", recipe_overrides(task, tmp_path / "own", *more)))
+    card = (tmp_path / "own" / "adapter" / "README.md").read_text()
+    assert card.splitlines().count("library_name: peft") == 1
+    assert "own-adapter" in card
+    assert "[More Information Needed]" not in card
+    assert "| optimizer steps | 1 |" in card
+
+
+def test_a_card_of_an_adapter_that_somebody_filled_in_stays(tmp_path):
+    card = tmp_path / "README.md"
+    remove_empty_card(tmp_path)
+    card.write_text("Mine.")
+    remove_empty_card(tmp_path)
+    assert card.read_text() == "Mine."
+    card.write_text("Developed by: [More Information Needed]")
+    remove_empty_card(tmp_path)
+    assert not card.exists()

@@ -371,6 +371,26 @@ def test_a_streamed_run(task, tmp_path):
     assert record["eval"] == {}
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_counts_each_bad_row_once(task, tmp_path, capsys, workers):
+    lines = Path(task[1]).read_text().splitlines()
+    rows = tmp_path / "rows.jsonl"
+    bad = json.dumps({**json.loads(lines[0]), "image": ["nowhere.png"]})
+    rows.write_text("\n".join([*lines[:2], bad, *lines[2:4]]) + "\n")
+    more = [f"data.train={rows}", f"data.media_root={Path(task[1]).parent}", "data.eval=[]", "data.on_error=skip"]
+    # More than there are rows: the stream begins again.
+    more += ["data.streaming=true", "schedule.max_steps=4", "batch.buffer_size=2", f"data.workers={workers}"]
+    assert cli.main(["train", str(RECIPES / "stage2.yaml"), *recipe_overrides(task, tmp_path / "out", *more)]) == 0
+    assert "left out 1 samples that could not be used" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "training_record.json").read_text())["num_skipped_samples"] == 1
+
+
+def test_a_sample_of_a_stream_beyond_a_limit_is_named(task, tmp_path):
+    more = ["batch.max_patches=5", "data.eval=[]", "data.streaming=true", "schedule.max_steps=1", "data.workers=0"]
+    with pytest.raises(ValueError, match=r"max_patches=5, got \d+ patches in sample rows.jsonl row \d"):
+        run_recipe(load_recipe(RECIPES / "stage4.yaml", recipe_overrides(task, tmp_path, *more)))
+
+
 def test_a_stream_of_one_shard_is_read_by_one_worker(task, tmp_path, caplog, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -409,6 +429,19 @@ def test_measuring_alone(task, tmp_path, capsys):
         assert cli.main(arguments) == 0
         assert printed in capsys.readouterr().out
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_runs_into_other_folders_share_lengths(task, tmp_path):
+    def measured(folder):
+        told = []
+        more = [f"data.length_folder={tmp_path / 'lengths'}", "data.workers=0", "data.eval=[]"]
+        recipe = load_recipe(RECIPES / "stage2.yaml", recipe_overrides(task, tmp_path / folder, *more))
+        run_recipe(recipe, measure_for=1, progress=lambda done, total: told.append((done, total)))
+        return told
+
+    assert measured("a")[-1] == (10, 10)
+    assert measured("b") == []
+    assert not list(tmp_path.rglob("length_index"))
 
 
 def test_a_run_that_begins_anew_wants_a_folder_without_checkpoints(task, tmp_path):

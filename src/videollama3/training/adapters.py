@@ -7,6 +7,7 @@ parameters learn how fast is left to `trainer.py`.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 NOT_QUANTIZED = ["model.vision_model", "model.projector", "lm_head"]
 _LLM = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 _ENCODER = r"vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+
+
+# What peft's form for a model card says where nobody has filled it in.
+_EMPTY_FIELD = "[More Information Needed]"
 
 
 def add_adapter(model: Any, adapter: AdapterRecipe, *, train_projector: bool) -> Any:
@@ -77,3 +82,14 @@ def merge_adapter(base: Any, adapter: str | os.PathLike[str], *, dtype: torch.dt
     from peft import PeftModel
 
     return PeftModel.from_pretrained(base, adapter).merge_and_unload().to(dtype)
+
+
+def remove_empty_card(folder: Path) -> None:
+    """Removes the form that peft leaves as `README.md`, unless somebody has filled it in.
+
+    Args:
+        folder: of an adapter; need not exist.
+    """
+    card = folder / "README.md"
+    if card.is_file() and _EMPTY_FIELD in card.read_text(encoding="utf-8"):
+        card.unlink()

@@ -310,7 +310,8 @@ class OnlinePacking(torch.utils.data.IterableDataset[list[Any]]):
         """Wraps a stream.
 
         Args:
-            stream: of samples; None for one that was skipped.
+            stream: of samples; None for one that was skipped. Its `current_name`, where it has one, names the sample
+                that it gave last.
             max_length: tokens of a row.
             max_patches: patches of a row.
             max_visual_tokens: visual tokens of a row, before pruning.
@@ -352,7 +353,7 @@ class OnlinePacking(torch.utils.data.IterableDataset[list[Any]]):
                 if sample is None:
                     continue
                 size: Lengths = np.array(self.measure(sample), dtype=np.int64)
-                position = f"number {number} of the stream"
+                position = getattr(self.stream, "current_name", f"number {number} of the stream")
                 check_fit(size[None], self.limits, name=lambda _, position=position: position)  # type: ignore[misc]
                 count += 1
                 yield size, sample

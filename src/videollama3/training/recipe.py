@@ -99,6 +99,8 @@ class DataRecipe:
             picture, skip leaves it out.
         add_system_prompt: put the released models' system prompt first.
         workers: processes that read samples, per training process.
+        length_folder: folder where lengths are kept once measured, for all runs that read the same samples; null:
+            `length_index` in the output folder.
     """
 
     train: tuple[str, ...]
@@ -117,6 +119,7 @@ class DataRecipe:
     overflow: Literal["raise", "truncate", "skip"] = "raise"
     add_system_prompt: bool = False
     workers: int = 4
+    length_folder: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Changes when the same row gives another sample than before: lengths that others have stored are then stale.
 _SAMPLE_FORMAT = 1
+# Dataloader workers that can say how many rows they skipped.
+_MAX_WORKERS = 1023
 # What a bad row or medium raises; other errors are bugs, and are never skipped.
 _BAD_ROW = (ValueError, TypeError, OSError)
 
@@ -271,11 +273,24 @@ class StreamingTrainingDataset(torch.utils.data.IterableDataset[Any]):
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = rank if rank is not None else torch.distributed.get_rank() if together else 0
         self.world_size = world_size or (torch.distributed.get_world_size() if together else 1)
+        # Of this process and of each of its dataloader workers, which write into the same memory.
+        self._num_skipped = torch.zeros(1 + _MAX_WORKERS, dtype=torch.int64).share_memory_()
+        self._current_name = ""
 
     @property
     def skipped(self) -> list[BadRow]:
-        """Rows that this process has skipped."""
+        """Rows that this process itself has skipped; `num_skipped` counts those of its dataloader workers too."""
         return self.reader.skipped
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows that this process and its dataloader workers have skipped; one that is read in every pass counts once."""
+        return int(self._num_skipped.sum())
+
+    @property
+    def current_name(self) -> str:
+        """Source and number of the row that this process or worker read last."""
+        return self._current_name
 
     def max_workers(self) -> int | None:
         """Workers of this process that get rows of their own: as many as shards, or rows; None: any number."""
@@ -288,10 +303,15 @@ class StreamingTrainingDataset(torch.utils.data.IterableDataset[Any]):
         rows = stream_rows(
             self.source, split=self.split, config_name=self.config_name, rank=self.rank, world_size=self.world_size
         )
+        worker = torch.utils.data.get_worker_info()
+        slot = 0 if worker is None else 1 + worker.id
         for row in rows:
             read = functools.partial(self._read, row)
             sample = self.reader.sample(row.name, read, (self.reader.seed, zlib.crc32(row.name.encode())))
-            if sample is not None:
+            if sample is None:
+                self._num_skipped[slot] = len({bad.name for bad in self.reader.skipped})
+            else:
+                self._current_name = row.name
                 yield sample
 
     def _read(self, row: StreamedRow) -> TrainingRow:

@@ -27,7 +27,7 @@ from ..modeling.configuration_videollama3 import VideoLlama3Config
 from ..modeling.modeling_videollama3 import VideoLlama3ForCausalLM
 from ..modeling.vision_encoder_videollama3 import VideoLlama3VisionModel
 from ..processing.processing_videollama3 import VideoLlama3Processor
-from .adapters import add_adapter, four_bit_config, merge_adapter
+from .adapters import add_adapter, four_bit_config, merge_adapter, remove_empty_card
 from .length_index import Numbers, Progress, rows_for, shared_lengths
 from .packing import TOKENS, Lengths, PackedBatchSampler
 from .recipe import MUON, Recipe, training_arguments
@@ -115,11 +115,13 @@ def run_recipe(
     if checkpoint is None and arguments.should_save:
         # What `output.overwrite` allows; not before all samples have been measured.
         delete_checkpoints(recipe.output.folder)
+    num_skipped: int | None = None
     if checkpoint is not None and updates_of(checkpoint) >= (recipe.schedule.max_steps or math.inf):
         # Killed after its last update.
         trainer.finish(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
+        num_skipped = _num_skipped(trainer)
     _save_final(recipe, trainer)
     evaluation: dict[str, Any] = {}
     try:
@@ -127,7 +129,7 @@ def run_recipe(
     finally:
         # Whatever becomes of the evaluation, the model is trained.
         trainer.save_state()
-        record = _record(recipe, trainer, lengths, rows, evaluation)
+        record = _record(recipe, trainer, lengths, rows, evaluation, num_skipped)
         if arguments.should_save:
             _write_record(recipe, record)
     trainer.accelerator.wait_for_everyone()
@@ -320,7 +322,7 @@ def packing_sampler(recipe: Recipe, lengths: Lengths, *, name: Callable[[int], s
 
 
 def _length_folder(recipe: Recipe) -> str:
-    return os.path.join(recipe.output.folder, "length_index")
+    return recipe.data.length_folder or os.path.join(recipe.output.folder, "length_index")
 
 
 # ---------------------------------------------------------------------- results
@@ -348,6 +350,15 @@ def _save_final(recipe: Recipe, trainer: VideoLlama3Trainer) -> None:
         # A pickle of arguments: of no use to those who load the model.
         for path in (folder / "training_args.bin", folder / "adapter" / "training_args.bin"):
             path.unlink(missing_ok=True)
+        remove_empty_card(folder / "adapter")
+
+
+def _num_skipped(trainer: VideoLlama3Trainer) -> int | None:
+    """Rows of a stream that the processes together have skipped; None where lengths tell."""
+    if not hasattr(trainer.train_dataset, "num_skipped"):
+        return None
+    count = torch.tensor(trainer.train_dataset.num_skipped, device=trainer.args.device)
+    return int(trainer.accelerator.reduce(count, reduction="sum"))
 
 
 def _record(
@@ -356,6 +367,7 @@ def _record(
     lengths: Lengths | None,
     rows: Numbers | None,
     evaluation: dict[str, Any],
+    num_skipped: int | None,
 ) -> dict[str, Any]:
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     counts: dict[str, Any] = {"num_train_samples": None, "num_skipped_samples": None, "num_unread_samples": None}
@@ -372,6 +384,7 @@ def _record(
     else:
         # Of a stream it says 1, however much of it was read.
         epochs = None
+        counts["num_skipped_samples"] = num_skipped
     return {
         "base_model": recipe.model.path,
         "recipe": flat_settings(recipe),
@@ -404,11 +417,14 @@ def mean_loss(logged: Sequence[tuple[int, float]]) -> float | None:
 
 def _write_record(recipe: Recipe, record: dict[str, Any]) -> None:
     folder = Path(recipe.output.folder)
-    (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if recipe.output.model_card:
-        # A card that the user has written or changed stays.
-        with contextlib.suppress(FileExistsError):
-            write_card(folder, kind="own")
+    name = folder.resolve().name
+    folders = {name: folder} if recipe.adapter is None else {name: folder, f"{name}-adapter": folder / "adapter"}
+    for title, path in folders.items():
+        (path / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if recipe.output.model_card:
+            # A card that the user has written or changed stays.
+            with contextlib.suppress(FileExistsError):
+                write_card(path, kind="own", name=title)
 
 
 def _installed(package: str) -> bool:
