@@ -30,6 +30,14 @@ def test_answers(pipe, processor, model, tmp_path, kind):
     assert result["generated_text"] == processor.tokenizer.decode(new, skip_special_tokens=True)
 
 
+def test_a_batch_answers_as_one_by_one(pipe, tmp_path):
+    clip = {"type": "video", "path": write_clip(tmp_path / "clip.mp4", 50, 25)}
+    rows = [user(clip, {"type": "text", "text": text}) for text in ("What is it, and what does it do?", "Why?")]
+    options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    alone = [pipe(text=row, **options)[0]["generated_text"] for row in rows]
+    assert [answer["generated_text"] for (answer,) in pipe(text=rows, batch_size=2, **options)] == alone
+
+
 def test_image_and_text_outside_a_chat(pipe):
     (result,) = pipe(
         images=[str(GOLDEN / "media" / "img3_40x30.png")],

@@ -430,6 +430,25 @@ def test_assisted_generation_with_media(model, request_with_media, way):
     assert torch.equal(model.generate(**request_with_media, **GREEDY, **options), expected)
 
 
+@pytest.mark.parametrize("kind", ["image", "video"])
+@torch.no_grad()
+def test_an_assistant_may_propose_placeholders(model, kind):
+    """Prompt lookup finds the words before the medium again at the prompt's end, and proposes what followed them."""
+    told, media = (IMAGE, images([[1, 4, 6]], [1])) if kind == "image" else (VIDEO, videos([[2, 4, 6]], [2]))
+    words = text(4, 11)
+    request = {**prompt(words, (told, 24 if kind == "image" else 12), text(2, 12), words), **media}
+    expected = model.generate(**request, **GREEDY)
+    for count in (3, 10):
+        assert torch.equal(model.generate(**request, **GREEDY, prompt_lookup_num_tokens=count), expected)
+
+
+@torch.no_grad()
+def test_more_logits_do_not_hide_missing_media(model, request_with_media):
+    ids = {name: request_with_media[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match="Expected image pixels together with the 12 image placeholders"):
+        model(**ids, logits_to_keep=3)
+
+
 def _expanded(requests, times, **options):
     """Every row with its media, `times` times in a row."""
     return batch([request for request in requests for _ in range(times)], padding_side="left", **options)

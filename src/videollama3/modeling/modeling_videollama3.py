@@ -17,6 +17,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
+from .cached_media import media_after_cache
 from .configuration_videollama3 import VideoLlama3Config
 from .document_attention import attend_by_document
 from .packed_documents import keep_documents_apart
@@ -211,6 +212,7 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
         video_merge_sizes: torch.Tensor | None = None,
         video_compression_mask: torch.Tensor | None = None,
         media_expand_size: int = 1,
+        num_candidates: int = 0,
         **kwargs: Any,
     ) -> VideoLlama3ModelOutputWithPast:
         """Runs the model up to the last hidden state.
@@ -234,6 +236,8 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             video_compression_mask: bool (visual tokens of all videos,), True = kept.
             media_expand_size: every row of `input_ids` stands this many times in a row while its media are
                 given once (beam search, several return sequences).
+            num_candidates: last tokens that are only proposed (assisted generation): placeholders among them are
+                read as text where those before them have all the features.
             kwargs: handed to the language model; among them `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
                 `max_length_k`, the bounds of documents for kernels of packed sequences.
 
@@ -260,7 +264,13 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
             past_key_values is None or past_key_values.get_seq_length() == 0
         )
         inputs_embeds = self._embed(
-            input_ids, inputs_embeds, image_features, video_features, media_expand_size, is_start=is_start
+            input_ids,
+            inputs_embeds,
+            image_features,
+            video_features,
+            media_expand_size,
+            num_candidates=num_candidates,
+            is_start=is_start,
         )
         mask: Any = attention_mask
         if not is_step:
@@ -294,6 +304,7 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
         video_features: torch.Tensor | None,
         expand_size: int,
         *,
+        num_candidates: int,
         is_start: bool,
     ) -> torch.Tensor:
         """Token embeddings with features in the place of their placeholders: (batch, sequence, width)."""
@@ -304,11 +315,14 @@ class VideoLlama3Model(VideoLlama3PreTrainedModel):
         ):
             if features is not None:
                 where = self._places_of(token_id, input_ids, embeds)
+                if num_candidates and int(where[::expand_size].sum()) != features.shape[0]:
+                    where[:, -num_candidates:] = False
                 _check_counts(where[::expand_size], features, name=name, token_id=token_id)
                 features = _expand(features, where, expand_size).to(embeds.device, embeds.dtype)
                 embeds = embeds.masked_scatter(where.unsqueeze(-1).to(embeds.device), features)
             elif is_start and input_ids is not None:
-                _check_no_placeholders(input_ids, name=name, token_id=token_id)
+                given = input_ids[:, : input_ids.shape[1] - num_candidates]
+                _check_no_placeholders(given, name=name, token_id=token_id)
         return embeds
 
     def _places_of(self, token_id: int, input_ids: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
@@ -472,6 +486,8 @@ class VideoLlama3ForCausalLM(VideoLlama3PreTrainedModel, GenerationMixin):
             video_merge_sizes=video_merge_sizes,
             video_compression_mask=video_compression_mask,
             media_expand_size=media_expand_size,
+            # In generation, so many logits are asked for only to look at tokens that an assistant proposed.
+            num_candidates=max(logits_to_keep - 1, 0) if isinstance(logits_to_keep, int) else 0,
             return_dict=True,
             **kwargs,
         )
@@ -519,6 +535,8 @@ class VideoLlama3ForCausalLM(VideoLlama3PreTrainedModel, GenerationMixin):
             and any(name in kwargs for name in MEDIA_INPUTS)
         ):
             is_first_iteration = bool(past_key_values.get_seq_length() == 0)
+        if is_first_iteration and past_key_values is not None and inputs_embeds is None:
+            kwargs |= self._media_to_read(input_ids, attention_mask, past_key_values, kwargs)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -532,6 +550,22 @@ class VideoLlama3ForCausalLM(VideoLlama3PreTrainedModel, GenerationMixin):
             for name in (*MEDIA_INPUTS, "media_expand_size"):
                 inputs.pop(name, None)
         return inputs
+
+    def _media_to_read(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache, given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The media that an earlier call has not put into the cache."""
+        num_cached = int(cache.get_seq_length())
+        if num_cached == 0:
+            return {}
+        # The ids may be those of the new tokens alone; the mask is of all.
+        left_out = 0 if attention_mask is None else attention_mask.shape[1] - input_ids.shape[1]
+        return media_after_cache(
+            {name: given.get(name) for name in MEDIA_INPUTS},
+            input_ids[:: given.get("media_expand_size", 1)],
+            num_cached=max(0, num_cached - left_out),
+            token_ids={"image": self.config.image_token_id, "video": self.config.video_token_id},
+        )
 
     def _expand_inputs_for_generation(
         self,

@@ -39,7 +39,7 @@ class EncodedPrompt:
         """
         cut = min(limit, len(self.prompt.input_ids))
         cut = next((start for start, end in self.prompt.pictures if start < cut < end), cut)
-        prompt = self.prompt.cut(cut)
+        prompt = self.prompt.cut(0, cut)
         left = len(prompt.pictures)
         media = []
         for item in self.media:

@@ -35,7 +35,8 @@ class PixelSettings:
         max_tokens: visual tokens of a whole request, before pruning.
         do_resize: whether pictures are resized at all.
         resample: Pillow's number of the filter (3 = bicubic).
-        do_rescale: whether grey levels are multiplied by `rescale_factor`.
+        do_rescale: whether grey levels are multiplied by `rescale_factor`; pictures given as numbers 0..1 are so
+            already, whatever it says.
         rescale_factor: 1 / 255.
         do_normalize: whether mean is subtracted and std divided out.
         image_mean: per channel.
@@ -129,7 +130,7 @@ def encode_request(
     if pixel_dtype == "uint8":
         _check_raw_pixels(image, video)
     while True:
-        settings = [image if item.kind == "image" else video for item in items]
+        settings = [_settings_of(item, image if item.kind == "image" else video) for item in items]
         sizes = _sizes(items, settings, max_visual_tokens)
         done = 0
         total = sum(item.num_frames for item in items)
@@ -146,6 +147,13 @@ def encode_request(
             if replan is None:
                 raise ValueError(f"{error} The file is damaged.") from error
             items[failed] = replan()
+
+
+def _settings_of(item: PlannedMedia, settings: PixelSettings) -> PixelSettings:
+    """Pictures are grey levels from here on: those that came as numbers 0..1 become so again."""
+    if not item.was_scaled or (settings.do_rescale and settings.rescale_factor == 1 / 255):
+        return settings
+    return dataclasses.replace(settings, do_rescale=True, rescale_factor=1 / 255)
 
 
 def _check_raw_pixels(image: PixelSettings, video: PixelSettings) -> None:

@@ -290,6 +290,13 @@ def frames_to_rgb(frames: npt.NDArray[Any] | torch.Tensor, *, what: str) -> Pixe
     return np.ascontiguousarray(_to_uint8(values, what))
 
 
+def is_scaled(source: Any) -> bool:
+    """Whether a picture or several are given as numbers 0..1 instead of grey levels."""
+    if isinstance(source, torch.Tensor):
+        return source.dtype.is_floating_point
+    return isinstance(source, np.ndarray) and np.issubdtype(source.dtype, np.floating)
+
+
 def _to_uint8(values: npt.NDArray[Any], what: str) -> Pixels:
     if values.dtype == np.uint8:
         return values

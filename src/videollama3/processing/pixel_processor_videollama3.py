@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from transformers.image_processing_utils import BaseImageProcessor
@@ -15,6 +16,8 @@ from transformers.utils import cached_file
 
 from .media_requests import PixelDtype, PixelSettings
 
+# Limits in pixels of a whole request, as transformers' own class and Qwen2-VL's take them.
+PIXEL_LIMITS = ("size", "min_pixels", "max_pixels")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
 
 
@@ -35,7 +38,8 @@ class VideoLlama3PixelProcessor(BaseImageProcessor):
         image_std: per channel.
         do_convert_rgb: kept for transformers' sake; pictures are always read as RGB.
         pixel_dtype: "float32" gives normalised values, "uint8" raw ones that the model normalises.
-        kwargs: fields that other layouts carry.
+        kwargs: fields that other layouts carry; of these `size` (`shortest_edge`, `longest_edge`), `min_pixels` and
+            `max_pixels` are translated into `min_tokens` and `max_tokens`.
     """
 
     # Where the settings stand: a key of processor_config.json, or files of their own.
@@ -76,6 +80,8 @@ class VideoLlama3PixelProcessor(BaseImageProcessor):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        limits = _token_limits(kwargs, patch_size, merge_size)
+        min_tokens, max_tokens = limits.get("min_tokens", min_tokens), limits.get("max_tokens", max_tokens)
         for name, value in (
             ("patch_size", patch_size),
             ("merge_size", merge_size),
@@ -127,8 +133,13 @@ class VideoLlama3PixelProcessor(BaseImageProcessor):
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds the processor from stored settings; keyword arguments that are settings override them."""
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
-        overrides = {name: kwargs.pop(name) for name in cls.fields if name in kwargs}
-        processor = cls(**{**_from_native(image_processor_dict), **overrides})
+        overrides = {name: kwargs.pop(name) for name in (*cls.fields, *PIXEL_LIMITS) if name in kwargs}
+        stored = {**image_processor_dict}
+        if "min_tokens" in stored or _token_limits(overrides, 1, 1):
+            # Ours say the same, or the caller says something else.
+            for name in PIXEL_LIMITS:
+                stored.pop(name, None)
+        processor = cls(**{**stored, **overrides})
         return (processor, kwargs) if return_unused_kwargs else processor
 
     @classmethod
@@ -165,17 +176,17 @@ class VideoLlama3PixelProcessor(BaseImageProcessor):
         return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2)}"
 
 
-def _from_native(stored: dict[str, Any]) -> dict[str, Any]:
-    """Translates the pixel limits of transformers' class into token limits; other layouts pass unchanged."""
-    size = stored.get("size")
-    if not isinstance(size, dict) or "min_tokens" in stored or "shortest_edge" not in size:
-        return stored
-    token_pixels = (stored.get("patch_size", 14) * stored.get("merge_size", 1)) ** 2
-    return {
-        **stored,
-        "min_tokens": max(1, size["shortest_edge"] // token_pixels),
-        "max_tokens": max(1, size["longest_edge"] // token_pixels),
-    }
+def _token_limits(given: dict[str, Any], patch_size: int, merge_size: int) -> dict[str, int]:
+    """Token limits from limits in pixels, where there are any."""
+    size = given.get("size")
+    edges = dict(size) if isinstance(size, Mapping) else {}
+    token_pixels = (patch_size * merge_size) ** 2
+    limits = {}
+    for name, pixels, edge in (("min", "min_pixels", "shortest_edge"), ("max", "max_pixels", "longest_edge")):
+        value = given.get(pixels) if given.get(pixels) is not None else edges.get(edge)
+        if value is not None:
+            limits[f"{name}_tokens"] = max(1, int(value) // token_pixels)
+    return limits
 
 
 __all__ = ["VideoLlama3PixelProcessor"]

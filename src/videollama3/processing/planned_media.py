@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from .frame_sampling import FrameTimes, SampledFrames, as_rate, check_max_frames, check_window, sample_frames
-from .media_sources import PICTURE_SUFFIXES, Pixels, describe, frames_to_rgb, load_picture, open_source
+from .media_sources import PICTURE_SUFFIXES, Pixels, describe, frames_to_rgb, is_scaled, load_picture, open_source
 from .video_file import ReadingLimits
 from .video_reading import Prepare, Progress, VideoPlan, plan_video, read_frames
 
@@ -60,7 +60,8 @@ class VideoOptions:
         timestamps: labels in seconds of frames that are already sampled.
         max_visual_tokens: limit for this video alone, before pruning.
         metadata: of frames given in memory: source rate and indices, as transformers describes them.
-        do_sample_frames: whether frames given in memory are still to be sampled, by their metadata's rate.
+        do_sample_frames: whether frames given in memory are still to be sampled, by their metadata's rate; None: they
+            are not. A file always is.
         fps_given: whether `fps` came from the caller.
         limits: what reading it may cost.
     """
@@ -72,7 +73,7 @@ class VideoOptions:
     timestamps: Sequence[float] | None = None
     max_visual_tokens: int | None = None
     metadata: Any = None
-    do_sample_frames: bool = False
+    do_sample_frames: bool | None = None
     fps_given: bool = False
     limits: ReadingLimits = dataclasses.field(default_factory=ReadingLimits)
 
@@ -93,6 +94,7 @@ class PlannedMedia:
         metadata: of a video.
         max_visual_tokens: limit for this item alone.
         replan: for a file whose packets may not tell the truth: the plan made by decoding instead.
+        was_scaled: its pixels came as numbers 0..1, and so were rescaled before.
     """
 
     kind: Literal["image", "video"]
@@ -105,6 +107,7 @@ class PlannedMedia:
     metadata: SampledVideoMetadata | None = None
     max_visual_tokens: int | None = None
     replan: Callable[[], PlannedMedia] | None = None
+    was_scaled: bool = False
 
 
 def is_frame(value: Any) -> bool:
@@ -127,7 +130,13 @@ def plan_image(source: Any, *, name: str) -> PlannedMedia:
     """Reads one image; see `media_sources.load_picture` for what it may be."""
     picture = load_picture(source, what=name)
     return PlannedMedia(
-        "image", name, 1, picture.shape[0], picture.shape[1], lambda progress, prepare: iter([picture])
+        "image",
+        name,
+        1,
+        picture.shape[0],
+        picture.shape[1],
+        lambda progress, prepare: iter([picture]),
+        was_scaled=is_scaled(source),
     )
 
 
@@ -151,10 +160,15 @@ def plan_videos(sources: Sequence[Any], options: Sequence[VideoOptions], names: 
         siblings = [
             options[k]
             for k in range(len(sources))
-            if k != i and isinstance(source, str) and sources[k] == source and _same_but_window(options[k], option)
+            if k != i and _is_same_path(sources[k], source) and _same_but_window(options[k], option)
         ]
         planned.append(_plan_one(source, option, siblings, name))
     return planned
+
+
+def _is_same_path(one: Any, other: Any) -> bool:
+    # Arrays would be compared value by value.
+    return isinstance(one, str) and isinstance(other, str) and one == other
 
 
 def _same_but_window(one: VideoOptions, other: VideoOptions) -> bool:
@@ -176,6 +190,11 @@ def _plan_one(source: Any, option: VideoOptions, siblings: list[VideoOptions], n
     if option.timestamps is not None or option.metadata is not None:
         raise ValueError(
             f"Expected timestamps or video_metadata only with frames, got them with the file {describe(source)!r}."
+        )
+    if option.do_sample_frames is False:
+        raise ValueError(
+            f"Expected do_sample_frames=False only with frames, got it with the file {describe(source)!r}: say with "
+            "fps and max_frames how many of its frames are taken."
         )
     return _plan_file(opened, option, siblings, name)
 
@@ -279,6 +298,10 @@ def _natural_order(file: str) -> list[tuple[int, str]]:
 def _plan_frames(frames: Any, option: VideoOptions, name: str) -> PlannedMedia:
     """Frames in memory (or listed files): taken as already sampled, unless asked otherwise."""
     num_frames = len(frames)
+    if option.metadata is not None and not isinstance(option.metadata, Mapping):
+        raise TypeError(
+            f"Expected video_metadata of {name} as a VideoMetadata or a dict, got {type(option.metadata).__name__}."
+        )
     metadata = dict(option.metadata) if option.metadata is not None else {}
     rate = float(as_rate(metadata.get("fps") or (option.fps if option.fps_given else 1.0)))
     if option.do_sample_frames:
@@ -367,4 +390,5 @@ def _from_sampled_frames(
             timestamps_seconds=sampled.timestamps.tolist(),
         ),
         max_visual_tokens=option.max_visual_tokens,
+        was_scaled=all(is_scaled(frame) for frame in ([frames] if hasattr(frames, "dtype") else frames)),
     )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import cached_file
@@ -29,6 +29,7 @@ from .media_requests import (
     to_image_tensors,
     to_video_tensors,
 )
+from .pixel_processor_videollama3 import PIXEL_LIMITS
 from .planned_media import PlannedMedia, plan_image, plan_videos
 from .prompt_tokens import (
     CHAT_TEMPLATE,
@@ -36,10 +37,11 @@ from .prompt_tokens import (
     VIDEO_PLACEHOLDER,
     Piece,
     PromptTokenizer,
+    template_variables,
     timestamp_text,
 )
 from .stream_messages import MAX_STREAM_FRAMES, check_timed_messages, first_frames, interleave, select_messages
-from .text_placeholders import media_of_texts
+from .text_placeholders import deal_out, media_of_texts
 from .token_rows import batch_rows, truncate_row
 from .video_processing_videollama3 import PER_VIDEO_OPTIONS, VideoLlama3VideoProcessor
 
@@ -65,6 +67,9 @@ _VIDEO_SETTINGS = (
 _REQUEST_OPTIONS = ("max_visual_tokens", "pixel_dtype", "return_metadata", "progress")
 _GROUPS = ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs", "processor_kwargs")
 _OPTIONS = {*_TEXT_OPTIONS, *_VIDEO_SETTINGS, *PER_VIDEO_OPTIONS, *_REQUEST_OPTIONS}
+_GENERATION_OPTIONS = frozenset(GenerationConfig().to_dict())
+# What other processors of transformers call it.
+_OURS = {"num_frames": "max_frames", "max_pixels": "max_tokens", "min_pixels": "min_tokens", "size": "max_tokens"}
 
 
 class VideoLlama3Processor(ProcessorMixin):
@@ -130,14 +135,21 @@ class VideoLlama3Processor(ProcessorMixin):
     ) -> list[Any]:
         """Builds the parts from a folder or repository of any layout, by our own classes."""
         trust_remote_code = kwargs.pop("trust_remote_code", None)
-        own = {name: kwargs[name] for name in (*VideoLlama3VideoProcessor.fields,) if name in kwargs}
+        if "num_frames" in kwargs:
+            raise TypeError("Expected max_frames, got num_frames: videos are sampled by fps, up to max_frames.")
+        own = {name: kwargs[name] for name in (*VideoLlama3VideoProcessor.fields, *PIXEL_LIMITS) if name in kwargs}
         hub = {name: value for name, value in kwargs.items() if name not in own}
         tokenizer = AutoTokenizer.from_pretrained(
             pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **hub
         )
+        if "padding_side" not in hub:
+            # Generation continues at the end of each row; the released tokenizers say right, and transformers'
+            # pipelines pad as they say.
+            tokenizer.padding_side = "left"
         # The official layout keeps sampling and merge sizes in its flat processor configuration.
         flat = processor_dict or {}
-        pixel = {name: value for name, value in own.items() if name in VideoLlama3ImageProcessor.fields}
+        for_images = (*VideoLlama3ImageProcessor.fields, *PIXEL_LIMITS)
+        pixel = {name: value for name, value in own.items() if name in for_images}
         image_own = {**({"merge_size": flat["image_merge_size"]} if "image_merge_size" in flat else {}), **pixel}
         video_own = {
             **({"merge_size": flat["video_merge_size"]} if "video_merge_size" in flat else {}),
@@ -188,7 +200,8 @@ class VideoLlama3Processor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask` (batch, sequence), and the media tensors, where there are media.
-            Prompts that end with the assistant's header are padded on the left, others as the tokenizer says.
+            Prompts that end with the assistant's header are padded on the left, others as the tokenizer says: on
+            the left, too, where it was loaded with the processor and nothing else was asked for.
 
         Raises:
             ValueError: when media and placeholders do not match, or a medium cannot be read; the message
@@ -223,7 +236,7 @@ class VideoLlama3Processor(ProcessorMixin):
         continue_final_message: bool = False,
         return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
-        return_tensors: str | None = None,
+        return_tensors: str | None = "auto",
         return_dict: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -239,31 +252,43 @@ class VideoLlama3Processor(ProcessorMixin):
             continue_final_message: leave the last message open.
             return_assistant_tokens_mask: also return `assistant_masks`, 1 on what the assistant says.
             tokenize: return ids instead of text.
-            return_tensors: "pt" for tensors.
+            return_tensors: "pt" for tensors, None for lists; "auto": as `processor_kwargs` say, else lists.
             return_dict: with `tokenize`: everything the model takes, not the ids alone.
             processor_kwargs: options of `__call__`.
-            kwargs: options of `__call__`; others are variables for the template (`add_system_prompt`).
+            kwargs: variables that the template reads (`add_system_prompt`), and options of `__call__`; those of
+                `generate` are passed over.
 
         Returns:
             Text (a list for several conversations), ids, or a `BatchFeature`.
+
+        Raises:
+            TypeError: for a keyword that is neither.
+            ValueError: as `__call__` does; when the assistant is to speak next and to go on with what it said.
         """
-        options = {**(processor_kwargs or {}), **{key: value for key, value in kwargs.items() if _is_option(key)}}
-        variables = {key: value for key, value in kwargs.items() if not _is_option(key)}
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("Expected either add_generation_prompt or continue_final_message, got both.")
+        read = template_variables(self._template(chat_template))
+        # `add_system_prompt` is ours: another template need not know it.
+        variables = {key: value for key, value in kwargs.items() if key in read or key == "add_system_prompt"}
+        # transformers' pipelines hand on what is meant for `generate`, too.
+        ignored = set(variables) | (_GENERATION_OPTIONS - _OPTIONS)
+        options = {**(processor_kwargs or {}), **{key: kwargs[key] for key in kwargs if key not in ignored}}
         variables.update(tools=tools, documents=documents, add_generation_prompt=add_generation_prompt)
         variables["continue_final_message"] = continue_final_message
+        if return_tensors != "auto":
+            options["return_tensors"] = return_tensors
+        if return_assistant_tokens_mask:
+            options["return_assistant_tokens_mask"] = True
+        options = self._read_options(options)
         if not tokenize:
             batch = conversation if is_batch(conversation) else [conversation]
             texts = [self._render(read_conversation(messages), chat_template, variables) for messages in batch]
             return texts if is_batch(conversation) else texts[0]
-        options["return_tensors"] = return_tensors if return_tensors != "auto" else None
-        options["return_assistant_tokens_mask"] = return_assistant_tokens_mask
-        features = self._process_conversations(
-            conversation, self._read_options(options), chat_template=chat_template, **variables
-        )
+        features = self._process_conversations(conversation, options, chat_template=chat_template, **variables)
         if return_dict:
             return features
         ids = features["input_ids"]
-        return ids if is_batch(conversation) or return_tensors == "pt" else ids[0]
+        return ids if is_batch(conversation) or options.get("return_tensors") == "pt" else ids[0]
 
     def encode_conversation(
         self,
@@ -286,8 +311,7 @@ class VideoLlama3Processor(ProcessorMixin):
         Returns:
             Token ids, the masks that grew with them, and the encoded media.
         """
-        options = self._read_options(kwargs)
-        row = read_conversation(conversation)
+        (row,), options = deal_out([read_conversation(conversation)], self._read_options(kwargs))
         variables = {"add_system_prompt": add_system_prompt, "add_generation_prompt": add_generation_prompt}
         pieces = self._pieces(row, chat_template, variables)
         media = self._encode_media(row.media, options, "")
@@ -359,8 +383,8 @@ class VideoLlama3Processor(ProcessorMixin):
         Returns:
             Frames, sizes, patches, visual tokens and bytes of pixels, per image or video and in all.
         """
-        options = self._read_options(kwargs)
-        return self._estimate_planned(self._plan_media(read_conversation(conversation).media, options, ""), options)
+        (row,), options = deal_out([read_conversation(conversation)], self._read_options(kwargs))
+        return self._estimate_planned(self._plan_media(row.media, options, ""), options)
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
@@ -448,13 +472,17 @@ class VideoLlama3Processor(ProcessorMixin):
                 }
             options.update(group_options)
         options.update({key: value for key, value in given.items() if key not in _GROUPS})
+        options = {key: value for key, value in options.items() if value is not None}
+        if options.get("do_convert_rgb") is True:
+            # They always are.
+            del options["do_convert_rgb"]
         known = {*_OPTIONS, *(f"image_{key}" for key in _IMAGE_SETTINGS), *(f"video_{key}" for key in _VIDEO_SETTINGS)}
-        unknown = sorted(set(options) - known)
+        unknown = [f"{key} (here {_OURS[key]})" if key in _OURS else key for key in sorted(set(options) - known)]
         if unknown:
             raise TypeError(f"Expected options among {', '.join(sorted(_OPTIONS))}; got {', '.join(unknown)}.")
         if options.get("return_tensors") not in (None, "pt"):
             raise ValueError(f"Expected return_tensors='pt' (torch) or None, got {options['return_tensors']!r}.")
-        return {key: value for key, value in options.items() if value is not None}
+        return options
 
     def _render(self, conversation: Conversation, chat_template: str | None, variables: dict[str, Any]) -> str:
         """Text of a conversation with one placeholder per medium."""
@@ -486,6 +514,7 @@ class VideoLlama3Processor(ProcessorMixin):
         batch = [
             read_conversation(messages) for messages in (conversation if is_batch(conversation) else [conversation])
         ]
+        batch, options = deal_out(batch, options)
         rows = []
         media: list[EncodedMedia] = []
         # Prompts first: a broken template or part shows before minutes of decoding.
@@ -497,7 +526,8 @@ class VideoLlama3Processor(ProcessorMixin):
             encoded = self._encode_media(row.media, options, prefix)
             media += encoded
             rows.append(self._expand(pieces, encoded))
-        return self._finish(rows, media, options)
+        goes_on = bool(variables.get("continue_final_message"))
+        return self._finish(rows, media, options, goes_on=goes_on)
 
     def _pieces(self, row: Conversation, chat_template: str | None, variables: dict[str, Any]) -> list[Piece]:
         """The rendered prompt, cut at its control tokens, with one placeholder per medium."""
@@ -605,17 +635,25 @@ class VideoLlama3Processor(ProcessorMixin):
             for piece in pieces
         ]
 
-    def _finish(self, rows: list[list[Piece]], media: list[EncodedMedia], options: dict[str, Any]) -> BatchFeature:
+    def _finish(
+        self, rows: list[list[Piece]], media: list[EncodedMedia], options: dict[str, Any], *, goes_on: bool = False
+    ) -> BatchFeature:
         limit = None
         if options.get("truncation", "do_not_truncate") not in (False, "do_not_truncate"):
             limit = options.get("max_length") or self.tokenizer.model_max_length
         kinds = {self.image_token_id: 1, self.video_token_id: 2}
         prompts = [
-            truncate_row(self._prompts.tokenize(row), row=i, limit=limit, placeholders=kinds)
+            truncate_row(
+                self._prompts.tokenize(row),
+                row=i,
+                limit=limit,
+                placeholders=kinds,
+                side=self.tokenizer.truncation_side,
+            )
             for i, row in enumerate(rows)
         ]
         side = options.get("padding_side")
-        if side is None and all(self._prompts.ends_with_generation_prompt(row) for row in rows):
+        if side is None and (goes_on or all(self._prompts.ends_with_generation_prompt(row) for row in rows)):
             # Generation continues at the end of each row.
             side = "left"
         data = batch_rows(
@@ -630,10 +668,6 @@ class VideoLlama3Processor(ProcessorMixin):
         if options.get("return_metadata"):
             data["video_metadata"] = [item.metadata for item in media if item.kind == "video"]
         return BatchFeature(data)
-
-
-def _is_option(name: str) -> bool:
-    return name in _OPTIONS or name in _GROUPS
 
 
 def _pick(options: dict[str, Any], names: Sequence[str], prefix: str) -> dict[str, Any]:

@@ -11,13 +11,14 @@ unmarked control tokens count, and the marks are taken out of what is left.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
 SYSTEM_PROMPT = (
     "You are VideoLLaMA3 created by Alibaba DAMO Academy, a helpful assistant to help people understand images "
@@ -155,14 +156,20 @@ class TokenizedPrompt:
     after_stream_mask: list[int] = dataclasses.field(default_factory=list)
     pictures: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
-    def cut(self, length: int) -> TokenizedPrompt:
-        """The first `length` tokens, with the pictures that lie whole among them."""
+    def cut(self, begin: int, end: int) -> TokenizedPrompt:
+        """The tokens from `begin` to before `end`, with the pictures that lie whole among them."""
         return TokenizedPrompt(
-            self.input_ids[:length],
-            self.assistant_mask[:length],
-            self.after_stream_mask[:length],
-            [(begin, end) for begin, end in self.pictures if end <= length],
+            self.input_ids[begin:end],
+            self.assistant_mask[begin:end],
+            self.after_stream_mask[begin:end],
+            [(first - begin, last - begin) for first, last in self.pictures if begin <= first and last <= end],
         )
+
+
+@functools.lru_cache(maxsize=32)
+def template_variables(chat_template: str) -> frozenset[str]:
+    """Names that a chat template reads without defining them."""
+    return frozenset(_get_template_variables(chat_template))
 
 
 class PromptTokenizer:

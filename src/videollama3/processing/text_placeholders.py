@@ -1,20 +1,52 @@
-"""Texts with placeholders and media apart from them -> the media of each text, in order.
+"""What is given beside texts or conversations -> the media of each, in order, with what is known of each video.
 
 Texts cut at their control tokens and what the user gave beside them enter, one list of `MediaReference` per text
-leaves. Conversations, whose media stand where they belong, are left to `conversations.py`.
+leaves. Conversations, whose media stand where they belong, are read by `conversations.py`; here records of their
+videos are dealt out.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
-from .conversations import MediaReference
+from .conversations import Conversation, MediaReference
 from .image_processing_videollama3 import image_rows
 from .prompt_tokens import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Piece
 from .video_processing_videollama3 import split_per_video, split_timestamps, video_rows
 
 _PER_VIDEO = ("video_metadata", "timestamps")
+
+
+def deal_out(batch: list[Conversation], options: dict[str, Any]) -> tuple[list[Conversation], dict[str, Any]]:
+    """Deals out `video_metadata` and `timestamps` that were given for all videos of conversations, one for each.
+
+    Args:
+        batch: conversations; what a video says of itself comes first.
+        options: of the processor's call.
+
+    Returns:
+        The conversations with these among the options of their videos, and the options that are left for all.
+
+    Raises:
+        ValueError: when they are not as many as the videos.
+    """
+    if not any(name in options for name in _PER_VIDEO):
+        return batch, options
+    num_videos = sum(reference.kind == "video" for row in batch for reference in row.media)
+    records = iter(split_per_video(options.get("video_metadata"), num_videos, what="video_metadata"))
+    labels = iter(split_timestamps(options.get("timestamps"), num_videos))
+    dealt = []
+    for row in batch:
+        media = []
+        for reference in row.media:
+            if reference.kind == "video":
+                given = {"video_metadata": next(records), "timestamps": next(labels), **reference.options}
+                reference = dataclasses.replace(reference, options=given)
+            media.append(reference)
+        dealt.append(dataclasses.replace(row, media=media))
+    return dealt, {key: value for key, value in options.items() if key not in _PER_VIDEO}
 
 
 def media_of_texts(

@@ -15,21 +15,30 @@ from .prompt_tokens import TokenizedPrompt
 
 
 def truncate_row(
-    prompt: TokenizedPrompt, *, row: int, limit: int | None, placeholders: Collection[int]
+    prompt: TokenizedPrompt, *, row: int, limit: int | None, placeholders: Collection[int], side: str = "right"
 ) -> TokenizedPrompt:
-    """Cuts a row on the right to `limit` tokens.
+    """Cuts a row to `limit` tokens.
+
+    Args:
+        prompt: the row.
+        row: its number, for errors.
+        limit: tokens that stay; None for all.
+        placeholders: ids that stand for visual tokens.
+        side: where it is cut, left or right.
 
     Raises:
         ValueError: naming the row, when the cut would take visual tokens away.
     """
     if limit is None or len(prompt.input_ids) <= limit:
         return prompt
-    if any(token in placeholders for token in prompt.input_ids[limit:]):
+    begin = len(prompt.input_ids) - limit if side == "left" else 0
+    rest = prompt.input_ids[:begin] + prompt.input_ids[begin + limit :]
+    if any(token in placeholders for token in rest):
         raise ValueError(
             f"Expected row {row} to fit max_length={limit} without cutting visual tokens, got "
             f"{len(prompt.input_ids)} tokens: raise max_length, or lower max_frames or max_visual_tokens."
         )
-    return prompt.cut(limit)
+    return prompt.cut(begin, begin + limit)
 
 
 def batch_rows(

@@ -186,6 +186,11 @@ def decode_frames(container: Any, stream: Any, *, name: str, deadline: Deadline)
                 deadline.check()
                 yield frame
     except av.error.FFmpegError as error:
+        if "webp" in container.format.name:
+            raise ValueError(
+                f"Expected {name} as a video, got an animated WebP, which FFmpeg does not decode: give mp4 or gif, "
+                "or its frames as a list of pictures with timestamps."
+            ) from error
         raise ValueError(f"Expected {name} as a whole video file, but decoding failed: {error.strerror}.") from error
 
 

@@ -138,7 +138,7 @@ class VideoLlama3VideoProcessor(VideoLlama3PixelProcessor):
             timestamps=given.get("timestamps"),
             max_visual_tokens=given.get("max_visual_tokens"),
             metadata=given.get("video_metadata"),
-            do_sample_frames=given.get("do_sample_frames", False),
+            do_sample_frames=given.get("do_sample_frames"),
             fps_given="fps" in given,
             limits=ReadingLimits(
                 max_seconds=given.get("max_read_seconds", self.max_read_seconds),
