@@ -20,6 +20,7 @@ from .loading import (
     add_sampling_arguments,
     is_image,
     load_model_and_processor,
+    naming_model,
     sampling_options,
 )
 from .serving import serve_command
@@ -38,7 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for failed work, 2 for bad usage, 130 when interrupted.
     """
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and hasattr(options, "overrides") and all("=" in text and text[0] != "-" for text in rest):
+        # Settings that stand behind an option.
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
@@ -188,7 +194,8 @@ def _video_processor(model: str | None) -> Any:
         return VideoLlama3VideoProcessor()
     from .processing.processing_videollama3 import VideoLlama3Processor
 
-    return VideoLlama3Processor.from_pretrained(model).video_processor
+    with naming_model(model, "--model"):
+        return VideoLlama3Processor.from_pretrained(model).video_processor
 
 
 def _content(media: str, options: argparse.Namespace) -> dict[str, Any]:

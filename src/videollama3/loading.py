@@ -7,7 +7,10 @@ Command-line options enter, a model with its processor or options of sampling le
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -61,6 +64,34 @@ def is_image(media: str) -> bool:
     return path.lower().endswith(IMAGE_SUFFIXES)
 
 
+@contextlib.contextmanager
+def naming_model(name: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Says in errors which checkpoint could not be found; for the time in which it is loaded.
+
+    Args:
+        name: folder or Hub id.
+        what: how the user gave it, such as "--model".
+
+    Raises:
+        OSError: where no checkpoint is.
+    """
+    name = os.fspath(name)
+    expected = f"Expected {what} as a checkpoint folder or a Hub id such as owner/name"
+    if os.path.isdir(name):
+        if not any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(f"{expected}, got the folder {name!r} without a config.json.")
+    elif os.path.exists(name):
+        raise NotADirectoryError(f"{expected}, got the file {name!r}.")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{expected}, got {name!r}, where nothing is.")
+    try:
+        yield
+    except OSError as error:
+        if os.path.isdir(name):
+            raise
+        raise OSError(f"{expected}, got {name!r}, which is no folder here, and on the Hub: {error}") from error
+
+
 def load_model_and_processor(options: argparse.Namespace) -> tuple[Any, Any]:
     """Loads the checkpoint that `--model` names, or the demonstrator and says so.
 
@@ -86,6 +117,7 @@ def load_model_and_processor(options: argparse.Namespace) -> tuple[Any, Any]:
         print(NOTICE, file=sys.stderr)
         checkpoint = demonstrator_path()
     attention = {"attn_implementation": options.attn} if options.attn else {}
-    processor = VideoLlama3Processor.from_pretrained(checkpoint)
-    loaded = VideoLlama3ForCausalLM.from_pretrained(checkpoint, dtype=dtype, **attention)
+    with naming_model(checkpoint, "--model"):
+        processor = VideoLlama3Processor.from_pretrained(checkpoint)
+        loaded = VideoLlama3ForCausalLM.from_pretrained(checkpoint, dtype=dtype, **attention)
     return loaded.to(device).eval(), processor

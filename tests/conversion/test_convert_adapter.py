@@ -79,6 +79,20 @@ def test_into_other_layouts_and_dtypes(golden_folder, tmp_path):
     assert "model.mm_projector.readout.0.weight" in load_file(tmp_path / "official" / "model.safetensors")
 
 
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["projector"], "target_modules": ["q_proj"]}], ids=str)
+def test_verified_beside_a_base_in_bfloat16(golden_folder, tmp_path, changes):
+    """As released weights are stored: merged in float32, rounded once, and the reference is rounded likewise."""
+    base = official(
+        golden_folder, tmp_path / "base", lambda w: {name: tensor.bfloat16() for name, tensor in w.items()}
+    )
+    merged = train(base, tmp_path / "adapter", **changes)
+    report = convert_checkpoint(tmp_path / "adapter", tmp_path / "out", to="plugin", verify=True)
+    assert report.largest_difference < 1e-3
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights["model.language_model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
+    assert_equal(tmp_path / "out", merged.bfloat16(), tolerance=0.02)
+
+
 def test_another_base_than_the_one_named(golden_folder, tmp_path):
     base = official(golden_folder, tmp_path / "base", lambda w: {name: tensor * 2 for name, tensor in w.items()})
     merged = train(base, tmp_path / "adapter")

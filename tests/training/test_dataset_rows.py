@@ -1,5 +1,6 @@
 """Rows as users have them: the authors' form, messages, streams, and every way in which they are wrong."""
 
+import json
 import os
 
 import numpy as np
@@ -249,3 +250,52 @@ QA = (("human", "Q"), ("gpt", "A"))
 def test_bad_rows(row, error, message):
     with pytest.raises(error, match=message):
         read_row(row, media_root="/data")
+
+
+# --- what is said of a video ---
+
+
+def test_a_row_says_what_part_of_its_video_it_is_about():
+    trim = {"start_time": 1, "end_time": 2.5}
+    row = read_row({**authors(("human", "Q"), ("gpt", "A"), video=["/a.mp4"]), **trim})
+    assert row.messages[0]["content"][0] == {"type": "video", "video": "/a.mp4", **trim}
+    part = {"type": "video", "path": "/a.mp4", "start_time": 4}
+    messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A"}]
+    row = read_row({"messages": messages, **trim})
+    assert row.messages[0]["content"][0] == {"type": "video", "video": "/a.mp4", "start_time": 4, "end_time": 2.5}
+    assert "start_time" not in read_row({**authors(("human", "Q"), ("gpt", "A"), image="/a.png"), **trim}).messages[0]
+    with pytest.raises(ValueError, match="start_time and end_time with one video in a row, got 2 videos"):
+        read_row({**authors(("human", "Q"), ("gpt", "A"), video=["/a.mp4", "/b.mp4"]), **trim})
+
+
+def test_a_video_of_a_row_says_how_it_is_sampled():
+    video = {"video_path": "a.mp4", "start_time": 1, "fps": 2}
+    row = read_row(authors(("human", "<video>Q"), ("gpt", "A"), video=[video]), media_root="/data")
+    assert row.messages[0]["content"][0] == {"type": "video", "video": "/data/a.mp4", "start_time": 1, "fps": 2}
+
+
+def test_cells_of_a_table_may_hold_lists_as_json():
+    row = authors(("human", "<video>Q"), ("gpt", "A"), video=["/a.mp4"])
+    assert read_row({key: json.dumps(value) for key, value in row.items()}) == read_row(row)
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    assert read_row({"messages": json.dumps(messages), "video": None}) == read_row({"messages": messages})
+    with pytest.raises(TypeError, match="`conversations` as a non-empty list, got '\\[1,'"):
+        read_row({"conversations": "[1,"})
+
+
+def test_media_of_the_authors_form_by_either_name():
+    assert read_row(authors(("human", "<video>Q"), ("gpt", "A"), videos=["/a.mp4"])).media == ["/a.mp4"]
+    assert read_row(authors(("human", "Q"), ("gpt", "A"), images=["/a.png"])).media == ["/a.png"]
+
+
+@pytest.mark.parametrize("role", ["human", "gpt", "tool"])
+def test_roles_of_messages(role):
+    messages = [{"role": role, "content": "Q"}, {"role": "assistant", "content": "A"}]
+    with pytest.raises(ValueError, match=rf"the roles user, assistant and system, got \['{role}'\]"):
+        read_row({"messages": messages})
+
+
+def test_a_tag_in_messages_is_no_place():
+    messages = [{"role": "user", "content": "<video>\nQ"}, {"role": "assistant", "content": "A"}]
+    with pytest.raises(ValueError, match=r"a part {'type': 'video'} is a place, <video> in a text is one in"):
+        read_row({"messages": messages, "videos": ["/a.mp4"]})

@@ -340,6 +340,13 @@ def test_a_run_that_resumes_with_other_samples_warns(task, tmp_path, caplog):
     assert "reads other samples" not in caplog.text
     run_recipe(load_recipe(recipe, recipe_overrides(task, tmp_path, *more, "schedule.max_steps=6")), resume=True)
     assert "reads other samples" in caplog.text
+    # Rows of the same lengths, but others.
+    caplog.clear()
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(task[1]).read_text())
+    data = [f"data.train={other}", f"data.media_root={Path(task[1]).parent}", "schedule.max_steps=7"]
+    run_recipe(load_recipe(recipe, recipe_overrides(task, tmp_path, *more, *data)), resume=True)
+    assert "reads other samples" in caplog.text
 
 
 def test_the_last_update_is_logged(task, tmp_path):
@@ -494,9 +501,80 @@ def test_an_update_has_no_more_rows_than_there_are_samples():
     assert accumulation_steps(recipe, np.array([[16384, 0, 0]] * 10), world_size=1) == 10
 
 
-def test_a_setting_behind_resume_is_no_checkpoint(capsys):
-    assert cli.main(["train", "stage4", "--resume", "data.train=x"]) == 1
-    assert "Expected a checkpoint folder after --resume, got the setting 'data.train=x'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["stage2", "--resume", "SETTINGS"],
+        ["--resume", "stage2", "SETTINGS"],
+        ["stage2", "--resume", "CHECKPOINT", "SETTINGS"],
+        ["stage2", "SETTINGS", "--resume"],
+        ["stage2", "--debug", "SETTINGS", "--resume", "RUN"],
+    ],
+    ids=" ".join,
+)
+def test_settings_may_stand_anywhere(task, tmp_path, capsys, words):
+    more = ["output.save_every=1", "schedule.max_steps=1", "data.eval=[]"]
+    settings = recipe_overrides(task, tmp_path / "run", *more)
+    assert cli.main(["train", "stage2", *settings]) == 0
+    places = {"CHECKPOINT": [str(tmp_path / "run" / "checkpoint-1")], "RUN": [str(tmp_path / "run")]}
+    places["SETTINGS"] = [*settings, "schedule.max_steps=2"]
+    capsys.readouterr()
+    assert cli.main(["train", *(part for word in words for part in places.get(word, [word]))]) == 0
+    assert "trained 2 updates" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
+def test_what_is_no_setting_is_told(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "stage4", "--debug", "nothing"])
+    assert "unrecognized arguments: nothing" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_finished_run_is_no_checkpoint(task, tmp_path):
+    more = ["schedule.max_steps=1", "data.eval=[]", "output.save_every=null"]
+    run_recipe(load_recipe("stage2", recipe_overrides(task, tmp_path, *more)))
+    assert (tmp_path / "trainer_state.json").is_file()
+    recipe = load_recipe("stage2", recipe_overrides(task, tmp_path / "other", "schedule.max_steps=2"))
+    with pytest.raises(ValueError, match="Expected a complete checkpoint to resume from"):
+        run_recipe(recipe, resume=str(tmp_path))
+
+
+def test_a_run_at_a_rate_of_0_says_so(task, tmp_path, caplog):
+    more = ["data.eval=[]", "data.max_length=4096", "output.dtype=float32"]
+    run_recipe(load_recipe("stage2", recipe_overrides(task, tmp_path / "a", *more, "schedule.warmup=0.03")))
+    assert "This run makes 1 update(s), at a rate of 0" in caplog.text
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (task[0], tmp_path / "a"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    caplog.clear()
+    run_recipe(load_recipe("stage2", recipe_overrides(task, tmp_path / "b", *more, "schedule.warmup=0")))
+    assert "at a rate of 0" not in caplog.text
+
+
+def test_a_tied_head_is_not_missed_in_a_checkpoint(task, tmp_path, caplog):
+    more = ["output.save_every=1", "data.eval=[]"]
+    for steps in (1, 2):
+        settings = recipe_overrides(task, tmp_path, *more, f"schedule.max_steps={steps}")
+        run_recipe(load_recipe("stage2", settings), resume=steps > 1)
+    assert "missing keys in the checkpoint" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("schedule.optimizer=adam", r"schedule.optimizer as muon or a name .*adamw.*, got 'adam'"),
+        ("data.train=[]", "data.train with files, folders or Hub ids of rows, got none"),
+        ("data.train=a.jsonl,b.jsonl", r"no such file: several files are a list, \[a.json, b.json\]"),
+        ("model.path=nowhere/at/all", "model.path as a checkpoint folder .* got 'nowhere/at/all', where nothing is"),
+        ("output.folder=FILE", "output.folder as a folder, got the file"),
+        ("model.path=FILE", "model.path as a checkpoint folder .* got the file"),
+        ("model.path=FOLDER", "model.path as a checkpoint folder .* got the folder .* without a config.json"),
+    ],
+)
+def test_settings_are_named(task, tmp_path, setting, message):
+    (tmp_path / "file").write_text("")
+    setting = setting.replace("FILE", str(tmp_path / "file")).replace("FOLDER", str(tmp_path))
+    with pytest.raises((ValueError, OSError), match=message):
+        run_recipe(load_recipe("stage2", recipe_overrides(task, tmp_path / "out", setting)))
 
 
 @pytest.mark.slow

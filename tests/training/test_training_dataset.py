@@ -1,5 +1,6 @@
 """The datasets: every source, names of bad rows, skipping, workers and ranks."""
 
+import csv
 import json
 import logging
 import pickle
@@ -300,3 +301,23 @@ def test_picture_columns_are_not_decoded_by_datasets(tiny, tmp_path):
     table = datasets.Dataset.from_list([row], features=features)
     sample = TrainingDataset(table, tiny)[0]
     assert sample["image_grid_thw"].tolist() == [[1, 4, 5]]
+
+
+def test_json_under_the_other_suffix(tiny, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps([qa("A"), qa("B")], indent=1))
+    with pytest.raises(ValueError, match=r"in each line of '.*a.jsonl', got a list: name it .json"):
+        TrainingDataset(tmp_path / "a.jsonl", tiny)
+    (tmp_path / "b.json").write_text(f"{json.dumps(qa('A'))}\n{json.dumps(qa('B'))}\n")
+    with pytest.raises(ValueError, match=r"Extra data: .*: one row a line is a .jsonl file"):
+        TrainingDataset(tmp_path / "b.json", tiny)
+
+
+def test_rows_of_a_csv_file(tiny, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["conversations", "id"])
+        writer.writeheader()
+        writer.writerows({"conversations": json.dumps(qa(text)["conversations"]), "id": text} for text in "AB")
+    rows = TrainingDataset(tmp_path / "rows.csv", tiny)
+    assert [answer(rows[i], tiny) for i in range(2)] == ["A", "B"]

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ..demonstrator import demonstrator_path
-from ..loading import GREEDY, load_model_and_processor
+from ..loading import GREEDY, load_model_and_processor, naming_model
 from ..processing.media_requests import to_image_tensors, to_video_tensors
 from ..processing.processing_videollama3 import VideoLlama3Processor
 from ..processing.token_rows import batch_rows
@@ -80,7 +80,8 @@ class EngineSettings:
     def load_processor(self) -> VideoLlama3Processor:
         """The checkpoint's processor."""
         checkpoint = demonstrator_path() if self.model is None else self.model
-        processor: VideoLlama3Processor = VideoLlama3Processor.from_pretrained(checkpoint)
+        with naming_model(checkpoint, "--model"):
+            processor: VideoLlama3Processor = VideoLlama3Processor.from_pretrained(checkpoint)
         return processor
 
     def build(self, reader: RowReader) -> Engine:

@@ -127,7 +127,8 @@ class InputRows(Sequence[BulkRow]):
         errors = [error for index in range(len(self)) if (error := self._error(index)) is not None]
         if errors:
             shown = " | ".join(errors[:_SHOWN_ERRORS])
-            raise ValueError(f"Expected good rows only, got {len(errors)} bad of {len(self)}: {shown}")
+            more = f" | and {len(errors) - _SHOWN_ERRORS} more" if len(errors) > _SHOWN_ERRORS else ""
+            raise ValueError(f"Expected good rows only, got {len(errors)} bad of {len(self)}: {shown}{more}")
 
     def _error(self, index: int) -> str | None:
         try:

@@ -18,6 +18,7 @@ from ..processing.image_processing_videollama3 import VideoLlama3ImageProcessor
 from ..processing.video_processing_videollama3 import VideoLlama3VideoProcessor
 from .adapter import Adapter, processor_folder
 from .processor_files import load_processor
+from .source_checkpoint import read_checkpoint
 
 # Same weights, same inputs, float32: what remains is the order of sums. Tiny twins differ by up to 4e-6 of the largest
 # logit between our class and transformers', and by nothing between our own folders; a lost bias moves them by 1e-2.
@@ -102,6 +103,12 @@ def _source_model(folder: str, whole: bool, dtype: torch.dtype | None, adapter: 
         except ImportError as error:
             raise ValueError("Expected peft for verifying a merged adapter, it is not installed.") from error
         model = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload()
+        if dtype is None:
+            # Merged weights are stored as those of the base are.
+            stored = read_checkpoint(folder).tensors
+            for name, weight in model.named_parameters():
+                if name in stored:
+                    weight.data = weight.data.to(stored[name].dtype).float()
     if dtype is not None:
         # Weights only: `model.to` would also round rotary frequencies.
         for weight in model.parameters():

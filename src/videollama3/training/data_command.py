@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..loading import naming_model
 from ..terminal import positive_int, progress_bar, quiet_progress_bars
 
 if TYPE_CHECKING:
@@ -258,8 +259,9 @@ def _task_of_file(options: argparse.Namespace, given: dict[str, Any], *, on_erro
         from ..modeling.configuration_videollama3 import VideoLlama3Config
         from ..processing.processing_videollama3 import VideoLlama3Processor
 
-        processor = VideoLlama3Processor.from_pretrained(options.model)
-        config = VideoLlama3Config.from_pretrained(options.model)
+        with naming_model(options.model, "--model"):
+            processor = VideoLlama3Processor.from_pretrained(options.model)
+            config = VideoLlama3Config.from_pretrained(options.model)
     dataset = TrainingDataset(options.file, processor, on_error=on_error, **given)
     return _Task(dataset, None, processor, StepMemory(ModelSize.of(config)))
 

@@ -11,6 +11,7 @@ Reading rows from files is left to `row_sources.py`, reading media and tokens to
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,13 +74,14 @@ def read_row(row: Any, *, media_root: str | os.PathLike[str] | None = None) -> T
     """
     if not isinstance(row, Mapping):
         raise TypeError(f"Expected a row as a JSON object, got {row!r:.80}.")
-    present = {key: value for key, value in row.items() if value is not None}
+    present = {key: _from_cell(value) for key, value in row.items() if value is not None}
     if present.get("stream"):
         return _read_stream(present, media_root)
     if "conversations" in present:
         messages = _authors_messages(present)
     elif "messages" in present:
         messages = present["messages"]
+        _check_roles(read_conversation(messages).messages, "")
     else:
         raise ValueError(
             f"Expected a row with `conversations` (the authors' form), `messages`, or `stream` and `conversation`, "
@@ -88,6 +90,16 @@ def read_row(row: Any, *, media_root: str | os.PathLike[str] | None = None) -> T
     messages, media = _with_sources(messages, present, media_root)
     _check_answers(messages)
     return TrainingRow(_kind(messages), messages, media)
+
+
+def _from_cell(value: Any) -> Any:
+    """A list that a table holds as JSON text, such as the cell of a CSV file."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def missing_files(row: TrainingRow) -> list[str]:
@@ -129,7 +141,7 @@ def _missing_tags(row: Mapping[str, Any], messages: list[dict[str, Any]]) -> str
     missing = ""
     for kind, tag in _TAGS.items():
         written = sum(message["content"].count(tag) for message in messages if message["role"] == "user")
-        given = len(_as_list(row.get(kind)))
+        given = len(_as_list(row.get(kind))) + len(_as_list(row.get(f"{kind}s")))
         if written == 0:
             missing += tag * given
         elif written != given:
@@ -155,14 +167,23 @@ def _with_sources(
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """Messages whose media parts carry their resolved source, and the sources.
 
-    A part without a source takes the next of the row's `image`/`images` or `video`/`videos`.
+    A part without a source takes the next of the row's `image`/`images` or `video`/`videos`. `start_time` and
+    `end_time` of a row are those of its only video.
     """
     conversation = read_conversation(messages)
     pools = {kind: [*_as_list(row.get(kind)), *_as_list(row.get(f"{kind}s"))] for kind in _TAGS}
     waiting = {kind: iter(pool) for kind, pool in pools.items()}
-    sources = []
+    window = _window(row, conversation.media)
+    sources, references = [], []
     for reference in conversation.media:
         source = reference.source if reference.source is not None else next(waiting[reference.kind], None)
+        options = {**(window if reference.kind == "video" else {}), **reference.options}
+        if isinstance(source, Mapping):
+            # As it may stand in a part: with a path and, of a video, with how it is sampled.
+            part = {"type": reference.kind, reference.kind: source}
+            (inner,) = read_conversation([{"role": "user", "content": [part]}]).media
+            source, options = inner.source, {**options, **inner.options}
+        references.append(dataclasses.replace(reference, options=options))
         if source is None:
             raise ValueError(
                 f"Expected {reference.where} with its {reference.kind}, or one more in the row's "
@@ -173,10 +194,23 @@ def _with_sources(
         if left := len(list(rest)):
             raise ValueError(
                 f"Expected a place in the messages for each {kind} of the row, got {len(pools[kind])} {kind}(s), "
-                f"{left} without one."
+                f"{left} without one: in `messages` a part {{'type': '{kind}'}} is a place, {_TAGS[kind]} in a text "
+                "is one in `conversations` only."
             )
-    filled = zip(conversation.media, sources, strict=True)
+    filled = zip(references, sources, strict=True)
     return [_fill(message, filled) for message in conversation.messages], sources
+
+
+def _window(row: Mapping[str, Any], media: Sequence[MediaReference]) -> dict[str, Any]:
+    """What part of its video a row is about."""
+    window = {name: row[name] for name in ("start_time", "end_time") if name in row}
+    count = sum(reference.kind == "video" for reference in media)
+    if window and count > 1:
+        raise ValueError(
+            f"Expected start_time and end_time with one video in a row, got {count} videos: put them into the parts "
+            "of `messages`."
+        )
+    return window
 
 
 def _fill(message: dict[str, Any], media: Iterator[tuple[MediaReference, Any]]) -> dict[str, Any]:
@@ -230,6 +264,12 @@ def _resolve(source: Any, media_root: str | os.PathLike[str] | None, where: str)
     return full
 
 
+def _check_roles(messages: Sequence[Mapping[str, Any]], where: str) -> None:
+    unknown = sorted({message["role"] for message in messages} - {"user", "assistant", "system"})
+    if unknown:
+        raise ValueError(f"Expected the roles user, assistant and system{where}, got {unknown}.")
+
+
 def _check_answers(messages: list[dict[str, Any]]) -> None:
     answers = [(i, message) for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
@@ -265,9 +305,7 @@ def _read_stream(row: Mapping[str, Any], media_root: str | os.PathLike[str] | No
     conversation = read_conversation(messages)
     if conversation.media:
         raise ValueError(f"Expected text only in a streaming row, got {conversation.media[0].where} with media.")
-    unknown = sorted({message["role"] for message in conversation.messages} - {"user", "assistant", "system"})
-    if unknown:
-        raise ValueError(f"Expected the roles user, assistant and system in a streaming row, got {unknown}.")
+    _check_roles(conversation.messages, " in a streaming row")
     _check_not_empty([(i, m) for i, m in enumerate(conversation.messages) if m["role"] == "assistant"])
     times = [row.get(name) for name in ("start_time", "end_time")]
     source = _resolve(videos[0], media_root, "the video")

@@ -314,6 +314,8 @@ def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
             f"length), got {recipe.schedule.max_steps} and {recipe.batch.gradient_accumulation_steps}."
         )
     _check_ranges(recipe)
+    if not recipe.data.train:
+        raise ValueError("Expected data.train with files, folders or Hub ids of rows, got none.")
     if not any(dataclasses.astuple(recipe.rates)):
         raise ValueError("Expected rates.encoder, rates.projector or rates.llm above 0, got none: nothing is trained.")
     _check_adapter(recipe)

@@ -40,6 +40,7 @@ class JsonLines:
         self.path = path
         self.label = os.path.basename(path)
         self.media_root: str | None = os.path.dirname(os.path.abspath(path))
+        _check_begins_with_a_row(path)
         self._offsets = _line_offsets(path)
 
     def __len__(self) -> int:
@@ -277,7 +278,8 @@ def _split_by_process(rows: Any, rank: int, world_size: int) -> Any:
 def _open_one(path: str, split: str, config_name: str | None) -> Part:
     if path.endswith(_JSON_SUFFIXES):
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"Expected rows in {path!r}, got no such file.")
+            hint = ": several files are a list, [a.json, b.json]" if "," in path else ""
+            raise FileNotFoundError(f"Expected rows in {path!r}, got no such file{hint}.")
         return JsonLines(path) if path.endswith(".jsonl") else JsonArray(path)
     rows = _load_dataset(path, split, config_name, streaming=False)
     return LoadedRows(rows, label=os.path.basename(path.rstrip("/")), media_root=_folder_of(path))
@@ -336,7 +338,16 @@ def _parse(text: bytes, name: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"Expected {name} as JSON, got something else: {error}.") from error
+        hint = ": one row a line is a .jsonl file" if "Extra data" in str(error) and text.lstrip()[:1] == b"{" else ""
+        raise ValueError(f"Expected {name} as JSON, got something else: {error}{hint}.") from error
+
+
+def _check_begins_with_a_row(path: str) -> None:
+    """A list over several lines would be as many bad rows as it has lines."""
+    with open(path, "rb") as file:
+        first = next((line.strip() for line in file if line.strip()), b"")
+    if first.startswith(b"["):
+        raise ValueError(f"Expected one row as a JSON object in each line of {path!r}, got a list: name it .json.")
 
 
 def _file_state(path: str) -> str:

@@ -34,7 +34,7 @@ def checkpoint_to_resume(recipe: Recipe, resume: str | bool) -> str | None:
 
     Args:
         recipe: of the run.
-        resume: a checkpoint folder, or True for the last one in the output folder.
+        resume: a checkpoint folder, or that of a run for its last one; True for the last one in the output folder.
 
     Raises:
         ValueError: where there is none, where one that begins would find old ones, or where the run that wrote it
@@ -50,7 +50,7 @@ def checkpoint_to_resume(recipe: Recipe, resume: str | bool) -> str | None:
             )
         return None
     place = resume if isinstance(resume, str) else recipe.output.folder
-    last = last_checkpoint(place) if resume is True else (place if _is_complete(Path(place)) else None)
+    last = place if resume is not True and _is_complete(Path(place)) else last_checkpoint(place)
     if last is None:
         raise ValueError(
             f"Expected a complete checkpoint to resume from in {place}, got none: start without --resume."
@@ -167,7 +167,9 @@ def _checkpoints(folder: str | os.PathLike[str]) -> dict[int, Path]:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether the last file that Trainer writes is there in full."""
+    """Whether the last file that Trainer writes is there in full; the folder of a finished run has it, too."""
+    if not ((checkpoint / "scheduler.pt").is_file() or checkpoint.name.startswith("checkpoint-")):
+        return False
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -51,10 +51,13 @@ def run(options: argparse.Namespace) -> None:
     from .recipe import load_recipe
     from .training_run import run_recipe
 
-    if isinstance(options.resume, str) and "=" in options.resume:
-        raise ValueError(
-            f"Expected a checkpoint folder after --resume, got the setting {options.resume!r}: put --resume last."
-        )
+    if isinstance(options.resume, str) and "=" in options.recipe:
+        # `--resume RECIPE KEY=VALUE`: the recipe was taken for a checkpoint.
+        options.overrides.insert(0, options.recipe)
+        options.recipe, options.resume = options.resume, True
+    elif isinstance(options.resume, str) and "=" in options.resume and not os.path.exists(options.resume):
+        options.overrides.append(options.resume)
+        options.resume = True
     quiet_progress_bars()
     recipe = load_recipe(options.recipe, options.overrides)
     with progress_bar("measuring samples", unit="sample") as progress:

@@ -226,7 +226,30 @@ class VideoLlama3Trainer(Trainer):
         # Kept for the run that follows: planning a large set takes a while.
         sampler = self._planned = self._plan(self.train_dataset)
         state = [sampler.limits, sampler.seed, sampler.window, sampler.packs_per_update, sampler.num_packs]
+        if hasattr(self.train_dataset, "fingerprint"):
+            state.append(self.train_dataset.fingerprint())
         return hashlib.sha256(repr(state).encode() + sampler.lengths.tobytes()).hexdigest()
+
+    def num_planned_updates(self) -> int | None:
+        """How many updates a run makes; None for a stream without `max_steps`."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        if not hasattr(self.train_dataset, "__getitem__"):
+            return None
+        self._planned = self._planned or self._plan(self.train_dataset)
+        return self._planned.num_packs // self._planned.packs_per_update
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Of transformers' Trainer: a tied head is not missing."""
+        tied = {name for name in load_result.missing_keys if name in self._tied_names()}
+        if tied:
+            missing = [name for name in load_result.missing_keys if name not in tied]
+            load_result = load_result._replace(missing_keys=missing)
+        super()._issue_warnings_after_load(load_result)
+
+    def _tied_names(self) -> set[str]:
+        model = self.accelerator.unwrap_model(self.model)
+        return set(getattr(model, "all_tied_weights_keys", None) or {})
 
     def _loader(
         self, dataset: Any, *, max_workers: int | None = None, **options: Any

@@ -25,7 +25,7 @@ from .supervised_samples import Overflow, SampleOptions, SampleTooLongError, bui
 logger = logging.getLogger(__name__)
 
 # Changes when the same row gives another sample than before: lengths that others have stored are then stale.
-_SAMPLE_FORMAT = 1
+_SAMPLE_FORMAT = 2
 # Dataloader workers that can say how many rows they skipped.
 _MAX_WORKERS = 1023
 # What a bad row or medium raises; other errors are bugs, and are never skipped.
@@ -284,7 +284,7 @@ class StreamingTrainingDataset(torch.utils.data.IterableDataset[Any]):
 
     @property
     def num_skipped(self) -> int:
-        """Rows that this process and its dataloader workers have skipped; one that is read in every pass counts once."""
+        """Rows that this process and its dataloader workers have skipped, each once in however many passes."""
         return int(self._num_skipped.sum())
 
     @property

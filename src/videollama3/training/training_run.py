@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import importlib.util
 import json
 import logging
@@ -20,8 +21,10 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.training_args import OptimizerNames
 
 from ..conversion.model_card_folder import write_card
+from ..loading import naming_model
 from ..modeling.checkpoint_checks import weights_folder
 from ..modeling.configuration_videollama3 import VideoLlama3Config
 from ..modeling.modeling_videollama3 import VideoLlama3ForCausalLM
@@ -84,8 +87,8 @@ def run_recipe(
     if held_out is not None and held_out_lengths is not None:
         # Raises where a sample does not fit into a row, or none is left.
         packing_sampler(recipe, held_out_lengths, name=held_out.name)
-        if num_skipped := int((held_out_lengths[:, TOKENS] == 0).sum()):
-            logger.warning("left out %d of %d held-out samples, see above", num_skipped, len(held_out_lengths))
+        if num_left_out := int((held_out_lengths[:, TOKENS] == 0).sum()):
+            logger.warning("left out %d of %d held-out samples, see above", num_left_out, len(held_out_lengths))
     if measure_for is not None:
         return {"num_train_samples": 0 if lengths is None else int((lengths[:, TOKENS] > 0).sum())}
     arguments.gradient_accumulation_steps = accumulation_steps(
@@ -112,6 +115,7 @@ def run_recipe(
     remembered = RunInCheckpoints(recipe, None if lengths is None else trainer.plan_digest())
     remembered.warn_of_other_samples(checkpoint)
     trainer.add_callback(remembered)
+    _warn_of_no_training(trainer)
     if checkpoint is None and arguments.should_save:
         # What `output.overwrite` allows; not before all samples have been measured.
         delete_checkpoints(recipe.output.folder)
@@ -141,7 +145,8 @@ def run_recipe(
 
 def build_processor(recipe: Recipe) -> VideoLlama3Processor:
     """The checkpoint's processor, with what the recipe changes."""
-    processor = VideoLlama3Processor.from_pretrained(recipe.model.path)
+    with naming_model(recipe.model.path, "model.path"):
+        processor = VideoLlama3Processor.from_pretrained(recipe.model.path)
     for part, merge in (("image", recipe.model.image_merge_size), ("video", recipe.model.video_merge_size)):
         if merge is not None:
             getattr(processor, f"{part}_processor").merge_size = merge
@@ -165,7 +170,8 @@ def build_model(recipe: Recipe) -> Any:
 
 def trained_shape(recipe: Recipe) -> Any:
     """The model that a recipe trains on the device "meta": no weights, but their shapes, and which of them learn."""
-    config = VideoLlama3Config.from_pretrained(recipe.model.path)
+    with naming_model(recipe.model.path, "model.path"):
+        config = VideoLlama3Config.from_pretrained(recipe.model.path)
     options = {} if recipe.model.attention is None else {"attn_implementation": recipe.model.attention}
     with torch.device("meta"):
         model: Any = VideoLlama3ForCausalLM._from_config(config, **options)
@@ -325,6 +331,18 @@ def _length_folder(recipe: Recipe) -> str:
     return recipe.data.length_folder or os.path.join(recipe.output.folder, "length_index")
 
 
+def _warn_of_no_training(trainer: VideoLlama3Trainer) -> None:
+    """A warm-up begins at a rate of 0: where there is nothing after it, nothing is trained."""
+    count = trainer.num_planned_updates()
+    if count is not None and count <= 1 <= trainer.args.get_warmup_steps(count):
+        logger.warning(
+            "This run makes %d update(s), at a rate of 0, where its warm-up begins: nothing will be trained. Set "
+            "schedule.warmup=0, or let it make more updates (schedule.epochs, batch.samples_per_update, "
+            "data.max_length).",
+            count,
+        )
+
+
 # ---------------------------------------------------------------------- results
 
 
@@ -451,10 +469,23 @@ def _check_what_it_needs(recipe: Recipe) -> None:
             "beside it, or merge it with `videollama3 convert`."
         )
     _check_decay(recipe.schedule.decay)
+    _check_optimizer(recipe.schedule.optimizer)
+    if os.path.exists(recipe.output.folder) and not os.path.isdir(recipe.output.folder):
+        raise NotADirectoryError(f"Expected output.folder as a folder, got the file {recipe.output.folder!r}.")
     encoder = recipe.model.vision_encoder
     if encoder is not None and weights_folder(encoder, {}) is None:
         raise ValueError(f"Expected weights of a vision encoder in model.vision_encoder, got none in {encoder!r}.")
     trained_shape(recipe)
+
+
+def _check_optimizer(name: str) -> None:
+    names = [MUON, *(known.value for known in OptimizerNames)]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or ["adamw_torch_fused", MUON]
+        raise ValueError(
+            f"Expected schedule.optimizer as {MUON} or a name that transformers has (near are {', '.join(near)}), got "
+            f"{name!r}."
+        )
 
 
 def _check_decay(name: str) -> None:
