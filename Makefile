@@ -73,7 +73,7 @@ DEMONSTRATOR := runs/demonstrator
 # Two processes, as many as there are cores; each reads its samples in one more.
 TRAIN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/torchrun --standalone --nproc-per-node 2 -m videollama3 train
 
-demonstrator: $(VENV)/installed  ## train the checkpoint inside the package from nothing; takes about two hours
+demonstrator: $(VENV)/installed  ## train the checkpoint inside the package from nothing; takes a little less than two hours
 	$(VENV)/bin/python -m demonstrator.make_data $(DEMONSTRATOR)/data
 	$(VENV)/bin/python -m demonstrator.build_model $(DEMONSTRATOR)/start
 	$(VENV)/bin/python -m demonstrator.pretrain_encoder $(DEMONSTRATOR)/data $(DEMONSTRATOR)/start $(DEMONSTRATOR)/encoder
@@ -82,10 +82,7 @@ demonstrator: $(VENV)/installed  ## train the checkpoint inside the package from
 	$(TRAIN) demonstrator/stage3_motions.yaml
 	$(TRAIN) demonstrator/stage3_clips.yaml
 	$(TRAIN) demonstrator/stage4_streams.yaml
-	$(TRAIN) demonstrator/stage4_events.yaml
 	$(TRAIN) demonstrator/stage4_review.yaml
-	$(TRAIN) demonstrator/stage4_motions.yaml
-	$(TRAIN) demonstrator/stage4_directions.yaml
 	$(VENV)/bin/python -m demonstrator.evaluate $(DEMONSTRATOR)/stage4 -o demonstrator/report.json
 	$(VENV)/bin/python -m demonstrator.evaluate_watching $(DEMONSTRATOR)/stage4 -o demonstrator/watching.json
 	$(VENV)/bin/python -m demonstrator.install $(DEMONSTRATOR)/stage4 demonstrator/report.json demonstrator/watching.json
