@@ -148,3 +148,11 @@ def test_an_output_that_cannot_be_written_leaves_nothing(clip, tmp_path, capsys)
     assert main(["inspect", clip, "-o", str(target)]) == 1
     assert not target.parent.exists()
     assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_inspect_takes_a_folder_with_a_processor_alone(clip, processor, tmp_path, capsys):
+    processor.save_pretrained(tmp_path / "processor")
+    assert main(["inspect", clip, "--plan", "--model", str(tmp_path / "processor")]) == 0
+    (tmp_path / "empty").mkdir()
+    assert main(["inspect", clip, "--plan", "--model", str(tmp_path / "empty")]) == 1
+    assert "Expected --model as a checkpoint folder or a Hub id" in capsys.readouterr().err

@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if rest and hasattr(options, "overrides") and all("=" in text and text[0] != "-" for text in rest):
         # Settings that stand behind an option.
+        options.num_settings_before = len(options.overrides)
         options.overrides += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

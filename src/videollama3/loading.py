@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 from .demonstrator import NOTICE, demonstrator_path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+# One of these is in every folder that a model, an adapter or a processor can be loaded from.
+_FOLDER_FILES = ("config.json", "adapter_config.json", "processor_config.json", "preprocessor_config.json")
 # Greedy decoding: what a checkpoint's own generation config says about sampling would only be warned about.
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
@@ -78,7 +80,7 @@ def naming_model(name: str | os.PathLike[str], what: str) -> Iterator[None]:
     name = os.fspath(name)
     expected = f"Expected {what} as a checkpoint folder or a Hub id such as owner/name"
     if os.path.isdir(name):
-        if not any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", "adapter_config.json")):
+        if not any(os.path.isfile(os.path.join(name, file)) for file in _FOLDER_FILES):
             raise FileNotFoundError(f"{expected}, got the folder {name!r} without a config.json.")
     elif os.path.exists(name):
         raise NotADirectoryError(f"{expected}, got the file {name!r}.")

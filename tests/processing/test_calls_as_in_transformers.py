@@ -166,6 +166,15 @@ def test_limits_in_pixels(limits, expected):
     assert (stored.min_tokens, stored.max_tokens) == expected, "tokens that are stored win over pixels beside them"
 
 
+def test_what_the_caller_limits_comes_after_what_is_stored_in_pixels():
+    native = {"size": {"shortest_edge": 3136, "longest_edge": 12544}, "patch_size": 14, "merge_size": 1}
+    made = [
+        VideoLlama3ImageProcessor.from_dict(native, **given)
+        for given in ({}, {"max_tokens": 20}, {"max_pixels": 7840})
+    ]
+    assert [(one.min_tokens, one.max_tokens) for one in made] == [(16, 64), (16, 20), (16, 40)]
+
+
 def test_frames_are_limited_by_their_number():
     with pytest.raises(TypeError, match="Expected max_frames, got num_frames"):
         VideoLlama3Processor.from_pretrained(GOLDEN / "ckpt", num_frames=2)

@@ -509,6 +509,7 @@ def test_an_update_has_no_more_rows_than_there_are_samples():
         ["stage2", "--resume", "CHECKPOINT", "SETTINGS"],
         ["stage2", "SETTINGS", "--resume"],
         ["stage2", "--debug", "SETTINGS", "--resume", "RUN"],
+        ["stage2", "SETTINGS", "schedule.max_steps=9", "--resume", "schedule.max_steps=8", "schedule.max_steps=2"],
     ],
     ids=" ".join,
 )

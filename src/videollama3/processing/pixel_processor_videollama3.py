@@ -134,11 +134,11 @@ class VideoLlama3PixelProcessor(BaseImageProcessor):
         """Builds the processor from stored settings; keyword arguments that are settings override them."""
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
         overrides = {name: kwargs.pop(name) for name in (*cls.fields, *PIXEL_LIMITS) if name in kwargs}
-        stored = {**image_processor_dict}
-        if "min_tokens" in stored or _token_limits(overrides, 1, 1):
-            # Ours say the same, or the caller says something else.
-            for name in PIXEL_LIMITS:
-                stored.pop(name, None)
+        # Translated first: limits of the caller, in pixels or in tokens, come after those that are stored.
+        stored = {name: value for name, value in image_processor_dict.items() if name not in PIXEL_LIMITS}
+        if "min_tokens" not in stored:
+            sizes = stored.get("patch_size", 14), stored.get("merge_size", 1)
+            stored |= _token_limits(image_processor_dict, *sizes)
         processor = cls(**{**stored, **overrides})
         return (processor, kwargs) if return_unused_kwargs else processor
 

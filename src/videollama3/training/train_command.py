@@ -56,7 +56,8 @@ def run(options: argparse.Namespace) -> None:
         options.overrides.insert(0, options.recipe)
         options.recipe, options.resume = options.resume, True
     elif isinstance(options.resume, str) and "=" in options.resume and not os.path.exists(options.resume):
-        options.overrides.append(options.resume)
+        # `--resume KEY=VALUE`; of two that set the same, the later one counts.
+        options.overrides.insert(getattr(options, "num_settings_before", len(options.overrides)), options.resume)
         options.resume = True
     quiet_progress_bars()
     recipe = load_recipe(options.recipe, options.overrides)
