@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import cached_file
 
+from .call_options import GENERATION_OPTIONS, IMAGE_SETTINGS, OPTIONS, VIDEO_SETTINGS, pick, read_options
 from .conversations import Conversation, MediaReference, is_batch, read_conversation
 from .encoded_prompt import EncodedPrompt
 from .image_processing_videollama3 import VideoLlama3ImageProcessor
@@ -44,32 +45,6 @@ from .stream_messages import MAX_STREAM_FRAMES, check_timed_messages, first_fram
 from .text_placeholders import deal_out, media_of_texts
 from .token_rows import batch_rows, truncate_row
 from .video_processing_videollama3 import PER_VIDEO_OPTIONS, VideoLlama3VideoProcessor
-
-_TEXT_OPTIONS = (
-    "padding",
-    "padding_side",
-    "truncation",
-    "max_length",
-    "pad_to_multiple_of",
-    "return_tensors",
-    "return_attention_mask",
-    "return_mm_token_type_ids",
-    "return_assistant_tokens_mask",
-    "add_special_tokens",
-)
-_IMAGE_SETTINGS = ("merge_size", "min_tokens", "max_tokens", "do_resize", "do_rescale", "do_normalize")
-_VIDEO_SETTINGS = (
-    *_IMAGE_SETTINGS,
-    "use_token_compression",
-    "compression_threshold",
-    "compression_min_tokens",
-)
-_REQUEST_OPTIONS = ("max_visual_tokens", "pixel_dtype", "return_metadata", "progress")
-_GROUPS = ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs", "processor_kwargs")
-_OPTIONS = {*_TEXT_OPTIONS, *_VIDEO_SETTINGS, *PER_VIDEO_OPTIONS, *_REQUEST_OPTIONS}
-_GENERATION_OPTIONS = frozenset(GenerationConfig().to_dict())
-# What other processors of transformers call it.
-_OURS = {"num_frames": "max_frames", "max_pixels": "max_tokens", "min_pixels": "min_tokens", "size": "max_tokens"}
 
 
 class VideoLlama3Processor(ProcessorMixin):
@@ -207,7 +182,7 @@ class VideoLlama3Processor(ProcessorMixin):
             ValueError: when media and placeholders do not match, or a medium cannot be read; the message
                 names the item.
         """
-        options = self._read_options(kwargs)
+        options = read_options(kwargs)
         if conversation is not None:
             if text is not None or images is not None or videos is not None:
                 raise ValueError("Expected either `conversation` or `text` with `images` and `videos`, got both.")
@@ -271,7 +246,7 @@ class VideoLlama3Processor(ProcessorMixin):
         # `add_system_prompt` is ours: another template need not know it.
         variables = {key: value for key, value in kwargs.items() if key in read or key == "add_system_prompt"}
         # transformers' pipelines hand on what is meant for `generate`, too.
-        ignored = set(variables) | (_GENERATION_OPTIONS - _OPTIONS)
+        ignored = set(variables) | (GENERATION_OPTIONS - OPTIONS)
         options = {**(processor_kwargs or {}), **{key: kwargs[key] for key in kwargs if key not in ignored}}
         variables.update(tools=tools, documents=documents, add_generation_prompt=add_generation_prompt)
         variables["continue_final_message"] = continue_final_message
@@ -279,7 +254,7 @@ class VideoLlama3Processor(ProcessorMixin):
             options["return_tensors"] = return_tensors
         if return_assistant_tokens_mask:
             options["return_assistant_tokens_mask"] = True
-        options = self._read_options(options)
+        options = read_options(options)
         if not tokenize:
             batch = conversation if is_batch(conversation) else [conversation]
             texts = [self._render(read_conversation(messages), chat_template, variables) for messages in batch]
@@ -311,7 +286,7 @@ class VideoLlama3Processor(ProcessorMixin):
         Returns:
             Token ids, the masks that grew with them, and the encoded media.
         """
-        (row,), options = deal_out([read_conversation(conversation)], self._read_options(kwargs))
+        (row,), options = deal_out([read_conversation(conversation)], read_options(kwargs))
         variables = {"add_system_prompt": add_system_prompt, "add_generation_prompt": add_generation_prompt}
         pieces = self._pieces(row, chat_template, variables)
         media = self._encode_media(row.media, options, "")
@@ -356,7 +331,7 @@ class VideoLlama3Processor(ProcessorMixin):
                 for a tokenizer without the tokens of a stream.
         """
         self._prompts.require_stream_tokens()
-        options = self._read_options({**kwargs, "start_time": start_time, "end_time": end_time})
+        options = read_options({**kwargs, "start_time": start_time, "end_time": end_time})
         timed = check_timed_messages(messages)
         if read_conversation(timed).media:
             raise ValueError("Expected messages of a stream with text only, got one with an image or a video.")
@@ -383,7 +358,7 @@ class VideoLlama3Processor(ProcessorMixin):
         Returns:
             Frames, sizes, patches, visual tokens and bytes of pixels, per image or video and in all.
         """
-        (row,), options = deal_out([read_conversation(conversation)], self._read_options(kwargs))
+        (row,), options = deal_out([read_conversation(conversation)], read_options(kwargs))
         return self._estimate_planned(self._plan_media(row.media, options, ""), options)
 
     def post_process_image_text_to_text(
@@ -457,32 +432,6 @@ class VideoLlama3Processor(ProcessorMixin):
             )
             self._prompt_tokenizer_size = len(self.tokenizer)
         return self._prompt_tokenizer
-
-    def _read_options(self, given: dict[str, Any]) -> dict[str, Any]:
-        options: dict[str, Any] = {}
-        for group in _GROUPS:
-            group_options = dict(given.get(group) or {})
-            if group == "images_kwargs":
-                group_options = {
-                    f"image_{key}" if key in _IMAGE_SETTINGS else key: v for key, v in group_options.items()
-                }
-            if group == "videos_kwargs":
-                group_options = {
-                    f"video_{key}" if key in _VIDEO_SETTINGS else key: v for key, v in group_options.items()
-                }
-            options.update(group_options)
-        options.update({key: value for key, value in given.items() if key not in _GROUPS})
-        options = {key: value for key, value in options.items() if value is not None}
-        if options.get("do_convert_rgb") is True:
-            # They always are.
-            del options["do_convert_rgb"]
-        known = {*_OPTIONS, *(f"image_{key}" for key in _IMAGE_SETTINGS), *(f"video_{key}" for key in _VIDEO_SETTINGS)}
-        unknown = [f"{key} (here {_OURS[key]})" if key in _OURS else key for key in sorted(set(options) - known)]
-        if unknown:
-            raise TypeError(f"Expected options among {', '.join(sorted(_OPTIONS))}; got {', '.join(unknown)}.")
-        if options.get("return_tensors") not in (None, "pt"):
-            raise ValueError(f"Expected return_tensors='pt' (torch) or None, got {options['return_tensors']!r}.")
-        return options
 
     def _render(self, conversation: Conversation, chat_template: str | None, variables: dict[str, Any]) -> str:
         """Text of a conversation with one placeholder per medium."""
@@ -571,8 +520,8 @@ class VideoLlama3Processor(ProcessorMixin):
     def _encode_planned(self, planned: Sequence[PlannedMedia], options: dict[str, Any]) -> list[EncodedMedia]:
         return encode_request(
             planned,
-            image=self.image_processor.settings(**_pick(options, _IMAGE_SETTINGS, "image_")),
-            video=self.video_processor.settings(**_pick(options, _VIDEO_SETTINGS, "video_")),
+            image=self.image_processor.settings(**pick(options, IMAGE_SETTINGS, "image_")),
+            video=self.video_processor.settings(**pick(options, VIDEO_SETTINGS, "video_")),
             max_visual_tokens=options.get("max_visual_tokens"),
             pixel_dtype=options.get("pixel_dtype", self.image_processor.pixel_dtype),
             progress=options.get("progress"),
@@ -581,8 +530,8 @@ class VideoLlama3Processor(ProcessorMixin):
     def _estimate_planned(self, planned: Sequence[PlannedMedia], options: dict[str, Any]) -> RequestEstimate:
         return estimate_request(
             planned,
-            image=self.image_processor.settings(**_pick(options, _IMAGE_SETTINGS, "image_")),
-            video=self.video_processor.settings(**_pick(options, _VIDEO_SETTINGS, "video_")),
+            image=self.image_processor.settings(**pick(options, IMAGE_SETTINGS, "image_")),
+            video=self.video_processor.settings(**pick(options, VIDEO_SETTINGS, "video_")),
             max_visual_tokens=options.get("max_visual_tokens"),
         )
 
@@ -668,10 +617,6 @@ class VideoLlama3Processor(ProcessorMixin):
         if options.get("return_metadata"):
             data["video_metadata"] = [item.metadata for item in media if item.kind == "video"]
         return BatchFeature(data)
-
-
-def _pick(options: dict[str, Any], names: Sequence[str], prefix: str) -> dict[str, Any]:
-    return {name: options.get(prefix + name, options.get(name)) for name in names}
 
 
 def _official_compression(name_or_path: Any, hub: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..processing.call_options import read_options
 from ..processing.conversations import MediaReference
 from ..processing.media_requests import EncodedMedia
 from ..processing.media_sources import open_source
@@ -141,7 +142,7 @@ class RequestMedia:
         self.processor = processor
         self.media = list(media)
         with _as_bad_request():
-            self.options = processor._read_options(dict(options))
+            self.options = read_options(options)
 
     @cached_property
     def changed_sizes(self) -> list[tuple[int, int] | None]:
