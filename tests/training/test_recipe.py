@@ -594,7 +594,8 @@ def test_a_killed_run_resumes_to_the_same_losses(task, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
     assert not (killed / "training_record.json").exists()
-    subprocess.run([*command, "--resume"], env=environment, check=True, capture_output=True, timeout=200)
+    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
     # The same to the last bit, in mid-epoch and after.
     assert _losses(killed) == _losses(tmp_path / "whole")
 

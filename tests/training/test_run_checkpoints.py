@@ -4,6 +4,9 @@ import json
 import logging
 import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -154,3 +157,31 @@ def test_rows_that_hold_more_samples_than_an_update_should_warn(task, tmp_path, 
     with caplog.at_level(logging.WARNING):
         run_recipe(_recipe("stage1", task, tmp_path, *more, "data.max_length=2000", "data.eval=[]"))
     assert "instead of batch.samples_per_update=1, as a row of each of 1 processes holds" in caplog.text
+
+
+_WRITER = """
+import sys
+from videollama3.training.recipe import load_recipe
+from videollama3.training.run_checkpoints import write_settings
+
+recipe = load_recipe(sys.argv[1], sys.argv[3:])
+while True:
+    write_settings(recipe, sys.argv[2])
+"""
+
+
+def test_settings_are_never_half_written(task, tmp_path):
+    # A checkpoint counts as soon as its trainer state is there: a run killed just then must be able to go on.
+    overrides = recipe_overrides(task, tmp_path)
+    command = [sys.executable, "-c", _WRITER, str(RECIPES / "stage2.yaml"), str(tmp_path), *overrides]
+    process = subprocess.Popen(command)
+    path = tmp_path / "run_settings.json"
+    try:
+        deadline = time.monotonic() + 120
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for _ in range(3000):
+            assert json.loads(path.read_text())["output.folder"] == str(tmp_path)
+    finally:
+        process.kill()
+        process.wait()

@@ -91,7 +91,7 @@ def flat_settings(recipe: Recipe) -> dict[str, Any]:
 
 def write_settings(recipe: Recipe, folder: str | os.PathLike[str]) -> None:
     """Puts a recipe's settings into a folder."""
-    (Path(folder) / RUN_SETTINGS_NAME).write_text(json.dumps(flat_settings(recipe), indent=2) + "\n", encoding="utf-8")
+    _write(Path(folder) / RUN_SETTINGS_NAME, json.dumps(flat_settings(recipe), indent=2) + "\n")
 
 
 class RunInCheckpoints(transformers.TrainerCallback):
@@ -132,7 +132,14 @@ class RunInCheckpoints(transformers.TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_settings(self.recipe, folder)
         if self.plan_digest is not None:
-            (folder / _PLAN_NAME).write_text(self.plan_digest + "\n", encoding="utf-8")
+            _write(folder / _PLAN_NAME, self.plan_digest + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Complete or not there: the checkpoint counts as complete already, and a run may be killed at any time."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def _compare(recipe: Recipe, checkpoint: str) -> None:
