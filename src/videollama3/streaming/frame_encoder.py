@@ -18,6 +18,7 @@ from ..processing.media_requests import PixelSettings
 from ..processing.media_sources import Pixels
 from ..processing.patches import keep_mask, normalize_patches, patchify
 from ..processing.visual_budget import ItemSize, target_sizes
+from .placement import input_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,7 @@ class FrameEncoder:
         """(visual tokens, width of the encoder) of each frame."""
         height, width = self.size or (0, 0)
         patch, merge = self._settings.patch_size, self._settings.merge_size
-        device = self._model.get_input_embeddings().weight.device
+        device = input_device(self._model.get_input_embeddings())
         # Raw grey levels where the model normalises them itself: a quarter of the bytes on the way.
         pixels = patches.reshape(-1, patches.shape[-1])
         values = torch.from_numpy(pixels if self._raw else normalize_patches(pixels, self._table))

@@ -16,6 +16,7 @@ import torch
 from .frame_encoder import FrameTokens
 from .grouped_attention import grouped_attention
 from .growing_cache import GrowingCache
+from .placement import input_device
 from .prompt_writer import Chunk, PromptWriter
 
 # Tokens that go through the model at once when a prompt is built again.
@@ -53,8 +54,7 @@ class PromptCache:
     @property
     def device(self) -> torch.device:
         """Where features and hidden states lie."""
-        place: torch.device = self._model.get_input_embeddings().weight.device
-        return place
+        return input_device(self._model.get_input_embeddings())
 
     def fork(self) -> PromptCache:
         """A cache that goes on from here."""
@@ -97,13 +97,13 @@ class PromptCache:
 
     def _embeds(self, writer: PromptWriter, frames: Mapping[int, FrameTokens]) -> torch.Tensor | None:
         """(1, tokens, width) of the tokens that the cache does not hold; None where it holds all."""
-        table = self._model.get_input_embeddings()
+        table, device = self._model.get_input_embeddings(), self.device
         parts = []
         for chunk, skip in self._missing(writer):
             if chunk.frame is None:
-                parts.append(table(torch.tensor(chunk.ids[skip:], device=table.weight.device)))
+                parts.append(table(torch.tensor(chunk.ids[skip:], device=device)))
             else:
-                parts.append(frames[chunk.frame].features[skip:].to(table.weight.device, table.weight.dtype))
+                parts.append(frames[chunk.frame].features[skip:].to(device, table.weight.dtype))
         return torch.cat(parts).unsqueeze(0) if parts else None
 
     def _missing(self, writer: PromptWriter) -> list[tuple[Chunk, int]]:
@@ -129,7 +129,7 @@ class PromptCache:
         """The reverse of `tensors`, each layer on its own device."""
         for number, layer in enumerate(self._model.model.language_model.layers):
             if f"cache.{number}.keys" in tensors:
-                place = next(layer.parameters()).device
+                place = input_device(layer)
                 keys, values = (tensors[f"cache.{number}.{part}"].to(place) for part in ("keys", "values"))
                 self.kv.update(keys, values, number)
         if "last_hidden" in tensors:

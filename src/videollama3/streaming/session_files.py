@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .placement import with_weights
+
 _FORMAT = 1
 _RECORD = "session.json"
 # Of so many weights, and of each so many values: enough to tell a checkpoint from its next training step.
@@ -86,13 +88,13 @@ def fingerprint(model: Any, processor: Any) -> dict[str, str]:
     Returns:
         Hashes and texts by the name that an error gives them.
     """
-    weights = dict(model.named_parameters())
-    names = sorted(weights)
+    names = sorted(name for name, _ in model.named_parameters())
     digest = hashlib.sha256()
     for name in names[:: max(1, len(names) // _SAMPLED_WEIGHTS)]:
-        values = weights[name].detach().flatten()
-        step = max(1, len(values) // _SAMPLED_VALUES)
-        digest.update(name.encode() + values[::step].float().cpu().numpy().tobytes())
+        with with_weights(model.get_submodule(name.rpartition(".")[0])):
+            values = model.get_parameter(name).detach().flatten()
+            step = max(1, len(values) // _SAMPLED_VALUES)
+            digest.update(name.encode() + values[::step].float().cpu().numpy().tobytes())
     tokenizer = processor.tokenizer
     settings = dataclasses.asdict(processor.video_processor.settings())
     return {

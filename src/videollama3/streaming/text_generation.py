@@ -14,6 +14,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from .grouped_attention import grouped_attention
+from .placement import input_device
 
 # Of an answer whose length nobody limits (`generate` alone would stop after 20).
 _ANSWER_TOKENS = 512
@@ -85,7 +86,7 @@ def generate_text(
     outcome: dict[str, Any] = {}
 
     def run() -> None:
-        prompt = torch.tensor([list(ids)], device=model.get_input_embeddings().weight.device)
+        prompt = torch.tensor([list(ids)], device=input_device(model.get_input_embeddings()))
         criteria = StoppingCriteriaList([*generation.get("stopping_criteria", ()), stop])
         try:
             with grouped_attention(model):
