@@ -8,7 +8,8 @@ OLDEST_TRANSFORMERS := 5.16.1
 DEV := accelerate datasets fastapi openai peft pyyaml tensorboard uvicorn pytest pytest-timeout pytest-xdist hypothesis ruff mypy build
 PIP_QUIET := --quiet --disable-pip-version-check
 # Tests build tiny checkpoints: nothing is fetched from the Hub.
-TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
+# Without a card, where there is one: tests that run on it are those of benchmarks/gpu.py.
+TEST := CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
 .PHONY: demo test test-oldest test-slow test-quantized test-vllm check lint types package demonstrator fuzz venv clean
 

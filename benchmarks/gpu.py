@@ -4,13 +4,16 @@
 
 `--toy` runs it on the CPU at toy size. Where flash-attn is installed, `flash_attention_2` is one more side.
 
-Sections, each a process of its own with a time limit, so that one that fails leaves the others:
+Sections, each a process of its own with a time limit, so that one that fails leaves the others, as one side of a
+section does:
 
 - `equality`: the tests of tests/modeling that run on the device: every backend, forward and backward;
+- `flex`: those of `flex_attention`, which compiles for each shape;
 - `matmul`: the highest bf16 rate of plain matrix products, the ceiling that the others are divided by;
 - `encoder`: so400m in bf16, 8, 32 and 180 frames of 24 x 42 patches and many small images, ours by default, ours on
-  sdpa, ours with the stack of layers compiled, and transformers' own on sdpa: time, share of the ceiling, peak memory,
-  largest difference;
+  sdpa, and transformers' own on sdpa: time, share of the ceiling, peak memory, largest difference;
+- `compiled`: 9 of the 27 layers with and without `torch.compile`, 32 frames and the small images, and what compiling
+  takes;
 - `profile`: where the encoder's time goes, by kernel, and the rates of its linear layers and of sdpa's backends alone;
 - `prefill`: the 7B with 16k tokens, ours and transformers' own on sdpa, logits of the last position;
 - `request`: 180 frames at 16k visual tokens beside the 7B, in no more memory than a 24 GB card has: peak memory, time
@@ -22,6 +25,7 @@ Sections, each a process of its own with a time limit, so that one that fails le
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -42,14 +46,16 @@ FLASH = "flash_attention_2"
 CARD_MIB = 23552
 # Seconds; together 8 minutes.
 LIMITS = {
-    "equality": 70,
+    "equality": 60,
+    "flex": 40,
     "matmul": 15,
-    "encoder": 100,
-    "profile": 40,
-    "prefill": 70,
-    "request": 75,
-    "train": 65,
-    "demonstrator": 45,
+    "encoder": 75,
+    "compiled": 50,
+    "profile": 30,
+    "prefill": 40,
+    "request": 60,
+    "train": 75,
+    "demonstrator": 35,
 }
 CLIPS = {"8 frames": [(8, 24, 42)], "32 frames": [(32, 24, 42)], "180 frames": [(180, 24, 42)]}
 SMALL_IMAGES = [(1, rows, columns) for rows in range(4, 28, 2) for columns in range(6, 46, 4)]
@@ -107,8 +113,10 @@ def add_shares(sections: dict[str, Any], ceiling: float) -> None:
     """Rates of encoder and prefill as shares of the card's measured matrix products."""
     sides = [side for case in sections.get("encoder", {}).get("cases", {}).values() for side in case.values()]
     sides += sections.get("prefill", {}).get("sides", {}).values()
+    sides += [side for case in sections.get("compiled", {}).get("cases", {}).values() for side in case.values()]
     for side in sides:
-        side["share_of_matmul"] = round(side["tflops"] / ceiling, 3)
+        if "tflops" in side:
+            side["share_of_matmul"] = round(side["tflops"] / ceiling, 3)
 
 
 # ---------------------------------------------------------------------------------------------- workers
@@ -135,6 +143,14 @@ def cost_of(call: Callable[[], Any], device: str, rounds: int) -> dict[str, floa
     return {"seconds": common.middle(seconds)["median"], "peak_mib": round(peak, 1)}
 
 
+def tried(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What one side gives, or why it does not: out of memory, no kernel, no compiler."""
+    try:
+        return measure()
+    except (RuntimeError, ImportError) as error:
+        return {"failed": f"{type(error).__name__}: {error}"[-1000:]}
+
+
 def has_flash(spec: dict[str, Any]) -> bool:
     """Whether flash-attn is there and can run."""
     return spec["device"] == "cuda" and common.has_module("flash_attn")
@@ -145,8 +161,12 @@ def equality(spec: dict[str, Any]) -> dict[str, Any]:
     root = Path(__file__).resolve().parent.parent
     # Those that run on the device; the other tests of tests/modeling are on the CPU wherever they run.
     files = [f"tests/modeling/{name}.py" for name in ("test_backends", "test_torch_varlen")]
+    chosen = ["-k", "flex_attention"] if spec["section"] == "flex" else ["-m", "not slow"]
+    if spec["section"] == "flex" and spec["toy"]:
+        # Minutes on the CPU.
+        chosen.append("--collect-only")
     quiet = ["--tb=no", "-q", "-rfEs", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", "-m", "not slow", *quiet, *files]
+    command = [sys.executable, "-m", "pytest", *chosen, *quiet, *files]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return {"passed": done.returncode == 0, "summary": done.stdout.strip().splitlines()[-24:]}
 
@@ -177,12 +197,8 @@ def encoder(spec: dict[str, Any]) -> dict[str, Any]:
     }
     if has_flash(spec):
         sides[f"ours_{FLASH}"] = models.build_encoder("ours", vision, attention=FLASH, **options)
-    if spec["device"] == "cuda":
-        sides["ours_compiled"] = models.build_encoder("ours", vision, **options)
     for side in sides.values():
         side.load_state_dict(sides["ours"].state_dict())
-    if "ours_compiled" in sides:
-        sides["ours_compiled"].encoder.compile(fullgraph=True, dynamic=True)
     cases = {**CLIPS, f"{len(SMALL_IMAGES)} small images": SMALL_IMAGES}
     if spec["toy"]:
         cases = {"toy clip": [(2, 4, 6)], "toy images": [(1, 2, 4), (1, 4, 6), (1, 2, 4)]}
@@ -191,22 +207,55 @@ def encoder(spec: dict[str, Any]) -> dict[str, Any]:
         for name, grids in cases.items():
             inputs = models.patches(grids, 2, device=spec["device"])
             flops = models.vision_flops(vision, grids)
-            tokens = {side: model(*inputs).last_hidden_state for side, model in sides.items()}
-            results[name] = {}
+            native = sides["native_sdpa"](*inputs).last_hidden_state.float()
+            measured = {}
             for side, model in sides.items():
-                cost = cost_of(lambda model=model, inputs=inputs: model(*inputs), spec["device"], spec["rounds"])
-                difference = (tokens[side].float() - tokens["native_sdpa"].float()).abs().max().item()
-                results[name][side] = {
-                    **cost,
-                    "tflops": round(flops / cost["seconds"] / 1e12, 4),
-                    "difference_from_native": difference,
-                }
+                call = functools.partial(model, *inputs)
+                measured[side] = tried(functools.partial(_encoder_side, call, native, flops, spec))
+            results[name] = measured
             # Frames differ in all bits: what looking for repeated ones costs.
             sides["ours"].config.reuse_identical_frames = False
-            without = cost_of(lambda inputs=inputs: sides["ours"](*inputs), spec["device"], spec["rounds"])
+            call = functools.partial(sides["ours"], *inputs)
+            without = tried(functools.partial(cost_of, call, spec["device"], spec["rounds"]))
             sides["ours"].config.reuse_identical_frames = True
-            results[name]["ours"]["seconds_without_reuse"] = without["seconds"]
-    return {"attention": sides["ours"]._attention(tokens["ours"]).implementation, "cases": results}
+            measured["ours"]["seconds_without_reuse"] = without.get("seconds")
+    states = torch.zeros(1, vision["hidden_size"], device=spec["device"], dtype=torch.bfloat16)
+    return {"attention": sides["ours"]._attention(states).implementation, "cases": results}
+
+
+def _encoder_side(call: Callable[[], Any], expected: Any, flops: float, spec: dict[str, Any]) -> dict[str, Any]:
+    """Cost of an encoder's pass, its rate, and how far its tokens are from those expected."""
+    difference = (call().last_hidden_state.float() - expected).abs().max().item()
+    cost = cost_of(call, spec["device"], spec["rounds"])
+    return {**cost, "tflops": round(flops / cost["seconds"] / 1e12, 4), "difference": difference}
+
+
+def compiled(spec: dict[str, Any]) -> dict[str, Any]:
+    """A third of the encoder's layers, as they are and compiled for all lengths in one graph."""
+    import torch
+
+    vision = models.TOY_VISION if spec["toy"] else {**models.SO400M, "num_hidden_layers": 9}
+    options = {"device": spec["device"], "dtype": torch.bfloat16}
+    plain, graph = (models.build_encoder("ours", vision, **options) for _ in range(2))
+    graph.load_state_dict(plain.state_dict())
+    # Without a card there need be no compiler.
+    graph.encoder.compile(fullgraph=True, dynamic=True, backend="eager" if spec["toy"] else "inductor")
+    cases = {"toy clip": [(2, 4, 6)], "toy images": [(1, 2, 4), (1, 4, 6), (1, 2, 4)]}
+    if not spec["toy"]:
+        cases = {"32 frames": CLIPS["32 frames"], f"{len(SMALL_IMAGES)} small images": SMALL_IMAGES}
+    results: dict[str, Any] = {}
+    with torch.inference_mode():
+        for name, grids in cases.items():
+            inputs = models.patches(grids, 2, device=spec["device"])
+            expected, flops = plain(*inputs).last_hidden_state.float(), models.vision_flops(vision, grids)
+            results[name] = {}
+            for side, model in {"ours": plain, "ours_compiled": graph}.items():
+                call, start = functools.partial(model, *inputs), time.perf_counter()
+                first = tried(lambda call=call: {"tokens": len(call().last_hidden_state)})
+                seconds = time.perf_counter() - start
+                measure = functools.partial(_encoder_side, call, expected, flops, spec)
+                results[name][side] = first if "failed" in first else {**tried(measure), "seconds_of_first": seconds}
+    return {"layers": vision["num_hidden_layers"], "cases": results}
 
 
 def profile(spec: dict[str, Any]) -> dict[str, Any]:
@@ -243,10 +292,10 @@ def profile(spec: dict[str, Any]) -> dict[str, Any]:
         query, key, value = torch.randn(3, frames // 2, heads, segment, width // heads, **options)
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION) if device == "cuda" else ():
             with sdpa_kernel(backend):
-                cost = cost_of(
-                    lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value), device, 20
-                )["seconds"]
-            attention[backend.name] = round(4 * len(query) * segment**2 * width / cost / 1e12, 1)
+                attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value)
+                cost = tried(lambda attend=attend: cost_of(attend, device, 20))
+            flops = 4 * len(query) * segment**2 * width
+            attention[backend.name] = round(flops / cost["seconds"] / 1e12, 1) if "seconds" in cost else cost
     return {
         "frames": frames,
         "seconds": seconds,
@@ -269,15 +318,15 @@ def prefill(spec: dict[str, Any]) -> dict[str, Any]:
     sides = {}
     for side, (family, attention) in built.items():
         options = {"device": spec["device"], "dtype": torch.bfloat16, "attention": attention}
-        model = models.build_model(family, text, models.TOY_VISION, **options)
-        with torch.inference_mode():
-            cost = cost_of(
-                lambda model=model: model(input_ids=ids, use_cache=True, logits_to_keep=1),
-                spec["device"],
-                min(spec["rounds"], 3),
-            )
-        sides[side] = {**cost, "tflops": round(models.text_flops(text, tokens) / cost["seconds"] / 1e12, 4)}
-        del model
+
+        def measure(family: str = family, options: dict[str, Any] = options) -> dict[str, Any]:
+            model = models.build_model(family, text, models.TOY_VISION, **options)
+            call = functools.partial(model, input_ids=ids, use_cache=True, logits_to_keep=1)
+            with torch.inference_mode():
+                cost = cost_of(call, spec["device"], min(spec["rounds"], 3))
+            return {**cost, "tflops": round(models.text_flops(text, tokens) / cost["seconds"] / 1e12, 4)}
+
+        sides[side] = tried(measure)
         if spec["device"] == "cuda":
             torch.cuda.empty_cache()
     return {"tokens": tokens, "sides": sides}
@@ -371,7 +420,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     import prefill as prefill_script
 
     sides = {}
-    for side, checkpointing in itertools.product(("ours", "native"), (False, True)):
+    # Those that a smaller card can hold come first.
+    for checkpointing, side in itertools.product((True, False), ("ours", "native")):
         setting = {
             "task": "train",
             "side": side,
@@ -382,7 +432,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
             "tokens": 64 if spec["toy"] else 8192,
         }
         name = f"{side}_checkpointed" if checkpointing else side
-        sides[name] = common.run_fresh(prefill_script.__file__, setting)
+        sides[name] = tried(functools.partial(common.run_fresh, prefill_script.__file__, setting))
     return {"sides": sides}
 
 
@@ -438,8 +488,10 @@ def _session_answers(model: Any, processor: Any, questions: list[Any], expected:
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "equality": equality,
+    "flex": equality,
     "matmul": matmul,
     "encoder": encoder,
+    "compiled": compiled,
     "profile": profile,
     "prefill": prefill,
     "request": request,

@@ -36,8 +36,10 @@ def test_gpu_sections(tmp_path):
     assert {name: section["failed"] for name, section in sections.items() if "failed" in section} == {}
     assert list(sections) == [
         "equality",
+        "flex",
         "matmul",
         "encoder",
+        "compiled",
         "profile",
         "prefill",
         "request",
@@ -45,10 +47,12 @@ def test_gpu_sections(tmp_path):
         "demonstrator",
     ]
     assert sections["equality"]["passed"], sections["equality"]["summary"]
-    for case in sections["encoder"]["cases"].values():
+    assert any("flex_attention" in line for line in sections["flex"]["summary"])
+    for case in (*sections["encoder"]["cases"].values(), *sections["compiled"]["cases"].values()):
         for side in case.values():
             # bfloat16 rounds differently in batches of another shape: measured 0.002 of 1.
-            assert side["difference_from_native"] < 0.05
+            assert side["difference"] < 0.05
+    assert [set(case) for case in sections["compiled"]["cases"].values()] == [{"ours", "ours_compiled"}] * 2
     assert sum(sections["profile"]["ms_by_kernel"].values()) > 0
     assert sections["request"]["frames"] == 3
     losses = [side["value"] for side in sections["train"]["sides"].values()]

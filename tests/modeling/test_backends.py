@@ -155,13 +155,29 @@ def test_the_default_on_a_card_is_the_varlen_kernel():
 
 def _language_model(backend, dtype):
     torch.manual_seed(0)
-    model = VideoLlama3ForCausalLM(tiny_config()).eval()
+    config = tiny_config()
+    # Heads 16 wide: on a card flex_attention takes none below.
+    config.text_config.hidden_size = 64
+    model = VideoLlama3ForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model = model.to(DEVICE, dtype)
     model.set_attn_implementation(backend)
     return model
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs CUDA")
+@torch.no_grad()
+def test_a_long_prompt_in_float32_holds_no_scores_of_all_pairs():
+    model, ids = _language_model("sdpa", torch.float32), text(8192).unsqueeze(0).to(DEVICE)
+    model(input_ids=ids[:, :64], logits_to_keep=1)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model(input_ids=ids, logits_to_keep=1)
+    # Scores of four heads would be 1 GiB; what the layers hold is 30 MiB or so.
+    assert torch.cuda.max_memory_allocated() - before < 2**28
 
 
 # Five documents, all of other lengths, one of a single token.

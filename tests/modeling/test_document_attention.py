@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 import videollama3
+from videollama3.modeling import document_attention
 from videollama3.modeling.document_attention import (
     Documents,
     Qwen2DocumentAttention,
@@ -17,6 +18,7 @@ from videollama3.modeling.document_attention import (
     attends_by_document,
 )
 from videollama3.modeling.packed_documents import read_documents
+from videollama3.modeling.torch_varlen import TORCH_VARLEN
 
 from .tiny import text, tiny_config
 
@@ -26,6 +28,7 @@ TOTAL = sum(LENGTHS)
 CPU = torch.device("cpu")
 HEADS, KEY_HEADS, HEAD_DIM = 6, 2, 8
 SCALING = HEAD_DIM**-0.5
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
 
 def _model(attention="sdpa", dtype=torch.float32, **text_changes):
@@ -262,5 +265,25 @@ def test_one_document_and_generation_are_untouched():
     assert all(type(layer.self_attn) is Qwen2Attention for layer in plain.model.language_model.layers)
     ids = {"input_ids": text(12).unsqueeze(0), "attention_mask": torch.ones(1, 12, dtype=torch.long)}
     assert torch.equal(model(**ids).logits, plain(**ids).logits)
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(**ids, **options), plain.generate(**ids, **options))
+    assert torch.equal(model.generate(**ids, **GREEDY), plain.generate(**ids, **GREEDY))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", TORCH_VARLEN])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_prompt_in_float32_of_a_card_is_the_same_where_that_kernel_is_pretended(monkeypatch, attention, rows):
+    model = _model(attention)
+    ids = {"input_ids": text(12 * rows).view(rows, 12), "attention_mask": torch.ones(rows, 12, dtype=torch.long)}
+    expected = model(**ids).logits, model.generate(**ids, **GREEDY)
+    # On CUDA no float32 kernel lets heads share keys, but the one that holds the scores of all pairs.
+    monkeypatch.setattr(document_attention, "kernel_shares_keys", lambda query: False)
+    called = []
+    attend = document_attention.attend_documents
+    monkeypatch.setattr(
+        document_attention, "attend_documents", lambda *args, **options: called.append(1) or attend(*args, **options)
+    )
+    # Seen: 2e-7.
+    torch.testing.assert_close(model(**ids).logits, expected[0], atol=2e-6, rtol=0)
+    assert torch.equal(model.generate(**ids, **GREEDY), expected[1])
+    # The prompt of each call, not the tokens after it.
+    assert len(called) == 2 * len(model.model.language_model.layers)

@@ -47,6 +47,17 @@ def test_values_are_those_of_sdpa(length, kind):
     torch.testing.assert_close(output, expected, atol=TOLERANCE, rtol=0)
 
 
+def test_a_prompt_without_a_mask_where_a_kernel_that_shares_no_keys_is_pretended(monkeypatch):
+    query, key, value = tensors(5)
+    key, value = key[..., :5, :], value[..., :5, :]
+    expected, _ = grouped_sdpa_attention(module(), query, key, value, None)
+    for name in ("videollama3.streaming.grouped_attention", "videollama3.modeling.document_attention"):
+        monkeypatch.setattr(f"{name}.kernel_shares_keys", lambda query: False)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", None)
+    output, _ = grouped_sdpa_attention(module(), query, key, value, None)
+    torch.testing.assert_close(output, expected, atol=TOLERANCE, rtol=0)
+
+
 def test_the_cache_is_not_copied():
     """The largest tensor that is made is the mask, not keys for every head."""
     query, key, value = tensors(5, rows=1)

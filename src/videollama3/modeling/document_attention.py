@@ -28,6 +28,7 @@ from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotary_pos_emb
 
 from .packed_attention import attend_in_float32, is_faster_in_float32
+from .torch_varlen import TORCH_VARLEN
 
 # Where this was tried, or is known to need no more than torch's own attention.
 _DEVICES = ("cpu", "cuda")
@@ -98,7 +99,10 @@ def attend_as_transformers(language_model: Any) -> None:
 
 
 class Qwen2DocumentAttention(Qwen2Attention):
-    """`Qwen2Attention` that also takes `Documents` in the place of a mask."""
+    """`Qwen2Attention` that also takes `Documents` in the place of a mask.
+
+    One document without a mask goes the same way where transformers' would hold the scores of all pairs.
+    """
 
     def forward(
         self,
@@ -113,11 +117,14 @@ class Qwen2DocumentAttention(Qwen2Attention):
         Args:
             hidden_states: (B, L, width).
             position_embeddings: cosines and sines, (B or 1, L, D) each.
-            attention_mask: `Documents`, or what transformers' attention takes.
-            past_key_values: cache; None with `Documents`.
+            attention_mask: `Documents`, or what transformers' attention takes; None: it sees all before it.
+            past_key_values: cache, which holds nothing before tokens without a mask; None with `Documents`.
             kwargs: handed to transformers' attention.
         """
-        if not isinstance(attention_mask, Documents):
+        documents = attention_mask
+        if attention_mask is None and self._would_hold_all_scores(hidden_states):
+            documents = Documents((hidden_states.shape[1],) * hidden_states.shape[0])
+        if not isinstance(documents, Documents):
             attended: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
@@ -129,12 +136,25 @@ class Qwen2DocumentAttention(Qwen2Attention):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        output = attend_documents(query, key, value, documents=attention_mask, scaling=self.scaling)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output = attend_documents(query, key, value, documents=documents, scaling=self.scaling)
         return self.o_proj(output.flatten(2)), None
+
+    def _would_hold_all_scores(self, hidden_states: torch.Tensor) -> bool:
+        """Whether transformers' sdpa lets heads share keys where no kernel but the one that keeps all scores can."""
+        return (
+            self.config._attn_implementation in ("sdpa", TORCH_VARLEN)
+            and hidden_states.shape[1] > 1
+            and self.num_key_value_groups > 1
+            and not (self.training and self.attention_dropout)
+            and not torch.compiler.is_compiling()
+            and not kernel_shares_keys(hidden_states)
+        )
 
 
 def attend_documents(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, documents: Documents, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, documents: Documents, scaling: float | None
 ) -> torch.Tensor:
     """Causal attention inside each document, none across.
 
@@ -143,14 +163,14 @@ def attend_documents(
         key: (B, key heads, L, D).
         value: (B, key heads, L, D).
         documents: of the B * L tokens.
-        scaling: factor on the scores.
+        scaling: factor on the scores; None for 1 / sqrt(D).
 
     Returns:
         (B, L, H, D).
     """
     num_rows, num_heads, length, head_dim = query.shape
     groups = num_heads // key.shape[1]
-    shares_keys = groups > 1 and _kernel_shares_keys(query)
+    shares_keys = groups > 1 and kernel_shares_keys(query)
     if groups > 1 and not shares_keys:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     attend = functools.partial(
@@ -167,6 +187,6 @@ def _one_row(states: torch.Tensor) -> torch.Tensor:
     return states.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0)
 
 
-def _kernel_shares_keys(query: torch.Tensor) -> bool:
+def kernel_shares_keys(query: torch.Tensor) -> bool:
     """Whether heads may share keys without being expanded: in CUDA's float32 kernel they may not."""
-    return query.device.type == "cpu" or query.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
+    return query.device.type != "cuda" or query.dtype != torch.float32 or torch.is_autocast_enabled("cuda")

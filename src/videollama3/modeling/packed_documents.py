@@ -65,6 +65,10 @@ def keep_documents_apart(
             return kept
         mask = _mask_in_graph(config, inputs_embeds, position_ids, attention_mask, has_bounds=has_bounds)
         return mask, position_ids, bool(use_cache), kwargs
+    num_rows = inputs_embeds.shape[0]
+    if has_bounds and num_rows == 1 and not (use_cache or past_key_values) and _goes_by_bounds(config):
+        # Nobody waits for the device to say what the bounds say; the kernel reads no mask.
+        return dict.fromkeys(config.layer_types), position_ids, False, kwargs
     restart, jump = look_at_positions(position_ids, attention_mask)
     if restart:
         assert position_ids is not None
@@ -106,7 +110,7 @@ def _documents(
     if not has_bounds and num_rows == 1 and _takes_bounds(language_model, inputs_embeds):
         documents = read_documents(position_ids, attention_mask, num_rows)
         kwargs, has_bounds = {**kwargs, **documents.bounds(inputs_embeds.device)}, True
-    if has_bounds and _goes_by_bounds(implementation):
+    if has_bounds and _goes_by_bounds(config):
         # The kernel reads no mask.
         return dict.fromkeys(config.layer_types), kwargs
     if attention_mask is not None and has_holes(attention_mask):
@@ -122,9 +126,9 @@ def _documents(
     return masks_of_documents(position_ids, attention_mask, config=config, dtype=dtype, num_rows=num_rows), kwargs
 
 
-def _goes_by_bounds(implementation: str) -> bool:
+def _goes_by_bounds(config: Any) -> bool:
     """Whether the kernel knows documents by where they begin and end."""
-    return "flash" in implementation or implementation == TORCH_VARLEN
+    return "flash" in config._attn_implementation or config._attn_implementation == TORCH_VARLEN
 
 
 def _takes_bounds(language_model: Any, inputs_embeds: torch.Tensor) -> bool:
@@ -143,7 +147,7 @@ def _mask_in_graph(
     config: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, attention_mask: Any, *, has_bounds: bool
 ) -> Any:
     """Masks that follow restarting positions, which transformers' need not; those of all pairs stay as they are."""
-    if has_bounds and _goes_by_bounds(config._attn_implementation):
+    if has_bounds and _goes_by_bounds(config):
         return dict.fromkeys(config.layer_types)
     is_padding = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
     if position_ids.ndim != 2 or not (attention_mask is None or is_padding):

@@ -189,7 +189,9 @@ class VideoLlama3VisionEmbeddings(nn.Module):
             .unsqueeze(0)
             for values in (self.config.image_mean, self.config.image_std)
         )
-        return (pixels.to(torch.float32) / 255 - mean) / std
+        # Not by a number: CUDA would multiply by its reciprocal.
+        highest = torch.full((), 255.0, device=pixels.device)
+        return (pixels.to(torch.float32) / highest - mean) / std
 
 
 class VideoLlama3VisionAttention(nn.Module):
@@ -454,7 +456,7 @@ class VideoLlama3VisionModel(VideoLlama3PreTrainedModel):
         )
         hidden = self.embeddings(pixel_values)
         if segments.gather is not None:
-            hidden = hidden[segments.gather]
+            hidden = hidden[segments.gather.to(hidden.device)]
         if states is None:
             hidden = self.encoder(hidden, segments, rotary, self._attention(hidden))
         else:

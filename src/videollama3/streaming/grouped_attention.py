@@ -23,6 +23,7 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from ..modeling.document_attention import Documents, attend_documents, kernel_shares_keys
 from ..modeling.torch_varlen import TORCH_VARLEN
 
 GROUPED_SDPA = "videollama3_grouped_sdpa"
@@ -58,6 +59,9 @@ def grouped_sdpa_attention(
     """
     groups = query.shape[1] // key.shape[1]
     is_simple = query.shape[2] == 1 if attention_mask is None else attention_mask.shape[1] == 1
+    if groups > 1 and attention_mask is None and not is_simple and not dropout and not kernel_shares_keys(query):
+        documents = Documents((query.shape[2],) * len(query))
+        return attend_documents(query, key, value, documents=documents, scaling=scaling), None
     if groups == 1 or dropout or not is_simple:
         attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
