@@ -118,6 +118,20 @@ def test_destinations_that_are_taken(tmp_path):
     assert (folder / "x").read_text() == "1"
 
 
+def test_a_destination_that_is_filled_meanwhile_stays(tmp_path):
+    folder = tmp_path / "out"
+
+    def convert():
+        with partial_folder(str(folder)):
+            folder.mkdir()
+            (folder / "x").write_text("1")
+
+    with pytest.raises(FileExistsError, match="to be absent or empty, it has files"):
+        convert()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (folder / "x").read_text() == "1"
+
+
 MEASURE = """
 import resource, sys
 from videollama3.conversion.convert import convert_checkpoint

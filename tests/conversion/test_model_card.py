@@ -340,6 +340,12 @@ def test_somebody_elses_card_is_kept(own_checkpoint):
         write_card(own_checkpoint)
 
 
+def test_a_card_that_was_never_written_is_nobodys(own_checkpoint):
+    (own_checkpoint / "README.md").write_text("")
+    write_card(own_checkpoint)
+    assert is_own_card((own_checkpoint / "README.md").read_text())
+
+
 def test_a_signature_holds_for_its_text_only():
     assert is_own_card(signed("one\n"))
     assert not is_own_card(signed("one\n").replace("one", "two"))

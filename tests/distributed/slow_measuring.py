@@ -1,4 +1,4 @@
-"""One process of two that share lengths while the group that computes waits for a second only."""
+"""One process of two that share lengths while the group that computes waits for two seconds only."""
 
 import datetime
 import json
@@ -26,7 +26,10 @@ class Slow(Samples):
 
 def main():
     work = json.loads(Path(sys.argv[1]).read_text())
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=PATIENCE_SECONDS))
+    torch.distributed.init_process_group("gloo")
+    # The other may have started seconds later.
+    torch.distributed.barrier()
+    torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=PATIENCE_SECONDS))
     rank = torch.distributed.get_rank()
     dataset = Slow(tiny_model()[1], [TEXT, IMAGE])
     arguments = SimpleNamespace(world_size=2, process_index=rank, device=torch.device("cpu"))

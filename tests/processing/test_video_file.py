@@ -35,7 +35,12 @@ def videos():
 
 
 def open_files():
-    return {os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)}
+    files = set()
+    for entry in os.scandir("/proc/self/fd"):
+        # Closed meanwhile, by another thread or by the end of the scan.
+        with contextlib.suppress(FileNotFoundError):
+            files.add(os.readlink(entry.path))
+    return files
 
 
 class _Server(http.server.SimpleHTTPRequestHandler):

@@ -257,9 +257,10 @@ def test_the_end_of_a_live_source_is_an_end_where_nobody_asks_for_more(session, 
 def test_a_file_that_appears_later(session, tmp_path):
     source = tmp_path / "later.mp4"
     ready = write_clip(tmp_path / "ready.mp4", 60, 25)
-    timer = threading.Timer(0.3, os.replace, (ready, source))
+    # Late enough that it is missed at first, on a busy machine too.
+    timer = threading.Timer(2.0, os.replace, (ready, source))
     timer.start()
-    feed = session.open(source, reconnect_attempts=200, reconnect_seconds=0.02)
+    feed = session.open(source, reconnect_attempts=2000, reconnect_seconds=0.02)
     assert list(feed) == [0.0, 1.0]
     assert feed.report.num_reconnects == 1
     timer.join()

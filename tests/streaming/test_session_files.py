@@ -1,9 +1,11 @@
 """A saved session goes on as if it had never stopped."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tests.streaming.clips import scene
 from tests.streaming.test_session import RATE, answer_logits, feed
 from videollama3.random_checkpoint import build_random
 from videollama3.streaming import StreamingSession
+from videollama3.streaming.session_files import read_session, write_session
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,38 @@ def test_saving_again_leaves_one_session(checkpoint, frames, tmp_path):
     assert len(first) == len(second) == 2
     assert first & second == {"session.json"}
     assert StreamingSession.load(*checkpoint, tmp_path).state() == session.state()
+
+
+def test_who_saves_at_the_same_time_loses_nothing(tmp_path):
+    """Tensors that another process has just written are left alone, and those of a killed one go some day."""
+    young, old = (tmp_path / f"session-{name}.safetensors" for name in ("young", "old"))
+    for path in (young, old):
+        path.write_bytes(b"")
+    os.utime(old, (0, 0))
+    write_session(tmp_path, {"number": 0}, {"x": torch.zeros(1)})
+    assert young.exists()
+    assert not old.exists()
+
+
+def test_who_reads_while_it_is_saved_gets_a_whole_session(tmp_path):
+    write_session(tmp_path, {"number": 0}, {"x": torch.tensor([0])})
+    stop = threading.Event()
+
+    def save():
+        for number in itertools.count(1):
+            if stop.wait(0.002):
+                return
+            write_session(tmp_path, {"number": number}, {"x": torch.tensor([number])})
+
+    saver = threading.Thread(target=save)
+    saver.start()
+    try:
+        for _ in range(300):
+            record, tensors = read_session(tmp_path)
+            assert tensors["x"].tolist() == [record["number"]]
+    finally:
+        stop.set()
+        saver.join()
 
 
 def test_a_save_that_fails_leaves_the_one_before(checkpoint, frames, tmp_path, monkeypatch):

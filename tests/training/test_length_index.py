@@ -117,6 +117,18 @@ def test_a_killed_run_keeps_what_it_had_measured_a_while_ago(dataset, tmp_path, 
     assert on_disk == [[], [1], [2], [3], [4]]
 
 
+def test_runs_that_measure_at_the_same_time_keep_both(dataset, tmp_path):
+    whole = sample_lengths(dataset, folder=None)
+
+    def another(done, total):
+        if done == 1:
+            sample_lengths(dataset, folder=tmp_path, rows=np.array([3, 4]))
+
+    sample_lengths(dataset, folder=tmp_path, rows=np.array([0, 1]), progress=another)
+    (path,) = tmp_path.glob("lengths-*.npy")
+    assert np.array_equal(np.load(path)[[0, 1, 3, 4]], whole[[0, 1, 3, 4]])
+
+
 def test_rows_are_drawn_by_a_seed():
     assert rows_for(10, 10, seed=0) is None
     rows = rows_for(1000, 100, seed=0)

@@ -88,19 +88,28 @@ def test_a_stream_with_other_settings_warns(task, tmp_path, caplog):
     assert "(data.max_frames=3 instead of 180, batch.buffer_size=2 instead of 64)" in record.getMessage()
 
 
-def test_a_run_that_was_killed_after_its_last_update_makes_no_other(task, tmp_path):
-    more = ["schedule.max_steps=3", "output.save_every=1", "schedule.decay=constant", "output.dtype=float32"]
+@pytest.mark.parametrize("length", ["schedule.max_steps=3", "schedule.epochs=1.5"])
+def test_a_run_that_was_killed_after_its_last_update_makes_no_other(task, tmp_path, monkeypatch, length):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    more = [length, "output.save_every=1", "schedule.decay=constant", "output.dtype=float32"]
     recipe = _recipe("stage2", task, tmp_path, *more, "output.keep=null")
     whole = run_recipe(recipe)
     before = load_file(tmp_path / "model.safetensors")
+    checkpoint = tmp_path / f"checkpoint-{whole['num_updates']}"
+    # The state comes last: with it a checkpoint is complete.
+    order = [path.name for path in sorted(checkpoint.iterdir(), key=lambda path: path.stat().st_mtime_ns)]
+    assert order[-1] == "trainer_state.json"
+    assert {"run_settings.json", "sample_order.sha256"} < set(order)
     for path in tmp_path.iterdir():
-        if path.name not in ("checkpoint-3", "length_index"):
+        if path.name not in (checkpoint.name, "length_index", "here"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     again = run_recipe(recipe, resume=True)
-    assert again["num_updates"] == 3
+    assert again["num_updates"] == whole["num_updates"]
     for name in ("final_train_loss", "mean_train_loss", "eval"):
         assert again[name] == whole[name]
-    assert not (tmp_path / "checkpoint-4").exists()
+    assert list(tmp_path.glob("checkpoint-*")) == [checkpoint]
+    assert list((tmp_path / "here").iterdir()) == []
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -139,7 +139,8 @@ def _receive(worker: _Worker) -> ReadRow | FailedRow:
     assert row is not None
     try:
         item = worker.connection.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):
+        # Also when it ended in the middle of a message.
         return _after_death(worker, row)
     if isinstance(item, _Fault):
         raise RuntimeError(f"Reading row {row.index} ({row.id}) failed: {item.summary}") from RuntimeError(item.report)

@@ -7,8 +7,8 @@ leave. Reading the parts is left to `initial_parts.py`, training to `training/`.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from ..processing.processing_videollama3 import VideoLlama3Processor
 from ..processing.prompt_tokens import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from ..processing.video_processing_videollama3 import VideoLlama3VideoProcessor
 from .initial_parts import EncoderPart, LanguagePart, load_encoder, load_language_model
+from .partial_folder import partial_folder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,17 +220,9 @@ def _check_free(target: Path) -> None:
 
 def _save(model: VideoLlama3ForCausalLM, processor: VideoLlama3Processor, target: Path) -> None:
     """Writes beside and renames: an interrupted run leaves nothing that looks whole."""
-    target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.incomplete")
-    try:
+    with partial_folder(str(target), say=logger.warning) as beside:
         model.save_pretrained(beside)
         processor.save_pretrained(beside)
-        if target.exists():
-            target.rmdir()
-        beside.rename(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _torch_dtype(name: str | torch.dtype) -> torch.dtype | None:

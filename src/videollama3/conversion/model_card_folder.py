@@ -22,6 +22,7 @@ from ..modeling.checkpoint_layouts import (
     PLUGIN_MODEL_TYPE,
     PLUGIN_VISION_MODEL_TYPE,
 )
+from ..whole_files import write_whole
 from .model_card import RELEASES, Kind, Layout, release_sizes, render_card
 from .model_card_memory import ModelSizes, VisionSizes, sizes_of
 from .model_card_training import TrainingFacts, read_json_object, read_training
@@ -65,12 +66,13 @@ def write_card(
         raise FileNotFoundError(f"Expected a checkpoint with a config.json in {folder}, found none.")
     kind = kind or kind_of(config, training, folder=folder)
     card = folder / CARD_FILE
-    if card.exists() and not overwrite and not is_own_card(card.read_text(encoding="utf-8")):
+    before = card.read_text(encoding="utf-8") if card.exists() else ""
+    if before and not overwrite and not is_own_card(before):
         raise FileExistsError(
             f"{card} was not written by this command, or was changed since: pass --overwrite to replace it."
         )
     text = _render(folder, config, kind, name or folder.resolve().name, training)
-    card.write_text(signed(text), encoding="utf-8")
+    write_whole(card, signed(text))
     return [card, *_write_results(folder, training)]
 
 
@@ -127,7 +129,7 @@ def _write_results(folder: Path, training: TrainingFacts | None) -> list[Path]:
     for name, content in result_files(training).items():
         path = folder / RESULTS_FOLDER / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(content, encoding="utf-8")
+        write_whole(path, content)
         written.append(path)
     return written
 

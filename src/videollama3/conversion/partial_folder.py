@@ -43,6 +43,8 @@ def partial_folder(
     os.mkdir(partial)
     try:
         yield partial
+        # Once more: somebody may have filled it meanwhile.
+        _check_destination(destination, overwrite)
         _take_place(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

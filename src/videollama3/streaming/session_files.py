@@ -9,10 +9,12 @@ A record and tensors enter and leave, with a fingerprint of the model they belon
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,10 +24,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..whole_files import write_whole
 from .placement import with_weights
 
 _FORMAT = 1
 _RECORD = "session.json"
+_MAX_SECONDS_TO_SAVE = 3600.0
 # Of so many weights, and of each so many values: enough to tell a checkpoint from its next training step.
 _SAMPLED_WEIGHTS, _SAMPLED_VALUES = 24, 64
 # Parts of a configuration that say nothing about what the model computes.
@@ -44,15 +48,37 @@ def write_session(
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
+    before = _named_by(place / _RECORD)
     name = f"session-{uuid.uuid4().hex}.safetensors"
     # A copy each: parts of one cache may share memory, and cropped ones are no whole blocks.
     save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, place / name)
-    beside = place / f"{name}.json"
-    beside.write_text(json.dumps({"format": _FORMAT, "tensors": name, **record}), encoding="utf-8")
-    os.replace(beside, place / _RECORD)
-    for old in place.glob("session-*.safetensors"):
-        if old.name != name:
-            old.unlink()
+    write_whole(place / _RECORD, json.dumps({"format": _FORMAT, "tensors": name, **record}))
+    # Others that are young may be of somebody who saves at this moment; old ones are of a killed process.
+    oldest = time.time() - _MAX_SECONDS_TO_SAVE
+    for other in place.glob("session-*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):
+            if other.name == before or (other.name != name and other.stat().st_mtime < oldest):
+                other.unlink()
+
+
+def _named_by(path: Path) -> str | None:
+    """The tensor file of a record; None where there is no record, or none that can be read."""
+    try:
+        return _tensor_file(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _tensor_file(record: Mapping[str, Any]) -> str:
+    # The name only: a record must not lead to files elsewhere.
+    return Path(str(record["tensors"])).name
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if record.get("format") != _FORMAT:
+        raise ValueError(f"it has format {record.get('format')}, this version reads {_FORMAT}")
+    return record, load_file(path.with_name(_tensor_file(record)))
 
 
 def read_session(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -67,11 +93,11 @@ def read_session(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     if not path.is_file():
         raise FileNotFoundError(f"Expected a folder with a saved session, got {str(place)!r} without {_RECORD}.")
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("format") != _FORMAT:
-            raise ValueError(f"it has format {record.get('format')}, this version reads {_FORMAT}")
-        # The name only: a record must not lead to files elsewhere.
-        return record, load_file(place / Path(str(record["tensors"])).name)
+        try:
+            return _read(path)
+        except FileNotFoundError:
+            # Saved anew between the record and its tensors.
+            return _read(path)
     except (ValueError, KeyError, AttributeError, OSError, SafetensorError) as error:
         raise ValueError(
             f"Expected a whole session in {str(place)!r}, got one that cannot be read: {error}."

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .packing import Lengths
+from .packing import TOKENS, Lengths
 
 Progress = Callable[[int, int], None]
 Numbers = npt.NDArray[np.int64]
@@ -118,6 +118,11 @@ def _load(path: Path, num_rows: int) -> Lengths:
 
 def _store(path: Path, lengths: Lengths) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        # What another run has measured meanwhile.
+        others = _load(path, len(lengths))
+        theirs = (lengths[:, TOKENS] <= 0) & (others[:, TOKENS] != 0)
+        lengths[theirs] = others[theirs]
     # Complete or not there: a killed run leaves no half file under the final name.
     unfinished = path.with_suffix(f".{os.getpid()}.npy")
     np.save(unfinished, lengths, allow_pickle=False)

@@ -14,9 +14,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import transformers
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..conversion.adapter import RUN_SETTINGS_NAME
+from ..whole_files import write_whole
 from .recipe import Recipe
 
 # In every checkpoint, beside the recipe's settings: a digest of the samples of all updates in their order.
@@ -68,12 +69,14 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 def delete_checkpoints(folder: str | os.PathLike[str]) -> None:
     """Deletes what Trainer wrote for an earlier run."""
     for path in _checkpoints(folder).values():
+        # First, so that one that is deleted in part does not count as complete.
+        (path / TRAINER_STATE_NAME).unlink(missing_ok=True)
         shutil.rmtree(path)
 
 
 def updates_of(checkpoint: str | os.PathLike[str]) -> int:
     """Updates that a checkpoint's run had made."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     return int(state["global_step"])
 
 
@@ -91,11 +94,11 @@ def flat_settings(recipe: Recipe) -> dict[str, Any]:
 
 def write_settings(recipe: Recipe, folder: str | os.PathLike[str]) -> None:
     """Puts a recipe's settings into a folder."""
-    _write(Path(folder) / RUN_SETTINGS_NAME, json.dumps(flat_settings(recipe), indent=2) + "\n")
+    write_whole(Path(folder) / RUN_SETTINGS_NAME, json.dumps(flat_settings(recipe), indent=2) + "\n")
 
 
-class RunInCheckpoints(transformers.TrainerCallback):
-    """Puts a run's settings, and which samples come in which order, into every checkpoint."""
+class RunInCheckpoints:
+    """What every checkpoint is to say of its run: settings, and which samples come in which order."""
 
     def __init__(self, recipe: Recipe, plan_digest: str | None) -> None:
         """Keeps what is written.
@@ -125,21 +128,11 @@ class RunInCheckpoints(transformers.TrainerCallback):
                 ", ".join(different),
             )
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Of transformers' Trainer, after a checkpoint was written."""
-        if not args.should_save:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_settings(self.recipe, folder)
+    def write(self, checkpoint: str | os.PathLike[str]) -> None:
+        """Puts it into a checkpoint, before that counts as complete."""
+        write_settings(self.recipe, checkpoint)
         if self.plan_digest is not None:
-            _write(folder / _PLAN_NAME, self.plan_digest + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Complete or not there: the checkpoint counts as complete already, and a run may be killed at any time."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+            write_whole(Path(checkpoint) / _PLAN_NAME, self.plan_digest + "\n")
 
 
 def _compare(recipe: Recipe, checkpoint: str) -> None:
@@ -178,7 +171,7 @@ def _is_complete(checkpoint: Path) -> bool:
     if not ((checkpoint / "scheduler.pt").is_file() or checkpoint.name.startswith("checkpoint-")):
         return False
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return True

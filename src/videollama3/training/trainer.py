@@ -14,6 +14,7 @@ import hashlib
 import logging
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -153,6 +154,8 @@ class VideoLlama3Trainer(Trainer):
                 self._lengths[id(dataset)] = lengths
         self.train_sampler: PackedBatchSampler | None = None
         self._planned: PackedBatchSampler | None = None
+        # Called with a checkpoint's folder: what else is to be in it.
+        self.into_checkpoint: Callable[[str], None] | None = None
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
@@ -237,7 +240,8 @@ class VideoLlama3Trainer(Trainer):
         if not hasattr(self.train_dataset, "__getitem__"):
             return None
         self._planned = self._planned or self._plan(self.train_dataset)
-        return self._planned.num_packs // self._planned.packs_per_update
+        updates_per_epoch = self._planned.num_packs // self._planned.packs_per_update
+        return math.ceil(self.args.num_train_epochs * updates_per_epoch)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Of transformers' Trainer: a tied head is not missing."""
@@ -407,7 +411,11 @@ class VideoLlama3Trainer(Trainer):
             self.train(resume_from_checkpoint=checkpoint)
             return
         self._load_from_checkpoint(checkpoint)
-        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        # Else TensorBoard would write what follows into the working directory.
+        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        self.control = self.callback_handler.on_train_begin(self.args, state, self.control)
+        self.control = self.callback_handler.on_train_end(self.args, state, self.control)
+        self.state = state
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves as Trainer does; a checkpoint of shards gets configuration and processor, too.
@@ -421,6 +429,14 @@ class VideoLlama3Trainer(Trainer):
         if self.is_sharded and self.args.should_save:
             self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Of transformers' Trainer, just before the file with which a checkpoint counts as complete."""
+        super()._save_rng_state(output_dir)
+        if self.into_checkpoint is not None and self.args.should_save:
+            self.into_checkpoint(output_dir)
+        # The others' random states, too.
+        self.accelerator.wait_for_everyone()
 
     def save_whole_model(self, output_dir: str) -> None:
         """Saves weights that `from_pretrained` reads, also of a model that is divided among processes."""

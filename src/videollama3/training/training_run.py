@@ -30,6 +30,7 @@ from ..modeling.configuration_videollama3 import VideoLlama3Config
 from ..modeling.modeling_videollama3 import VideoLlama3ForCausalLM
 from ..modeling.vision_encoder_videollama3 import VideoLlama3VisionModel
 from ..processing.processing_videollama3 import VideoLlama3Processor
+from ..whole_files import write_whole
 from .adapters import add_adapter, four_bit_config, merge_adapter, remove_empty_card
 from .length_index import Numbers, Progress, rows_for, shared_lengths
 from .packing import TOKENS, Lengths, PackedBatchSampler
@@ -114,13 +115,13 @@ def run_recipe(
     )
     remembered = RunInCheckpoints(recipe, None if lengths is None else trainer.plan_digest())
     remembered.warn_of_other_samples(checkpoint)
-    trainer.add_callback(remembered)
+    trainer.into_checkpoint = remembered.write
     _warn_of_no_training(trainer)
     if checkpoint is None and arguments.should_save:
         # What `output.overwrite` allows; not before all samples have been measured.
         delete_checkpoints(recipe.output.folder)
     num_skipped: int | None = None
-    if checkpoint is not None and updates_of(checkpoint) >= (recipe.schedule.max_steps or math.inf):
+    if checkpoint is not None and updates_of(checkpoint) >= (trainer.num_planned_updates() or math.inf):
         # Killed after its last update.
         trainer.finish(checkpoint)
     else:
@@ -438,7 +439,7 @@ def _write_record(recipe: Recipe, record: dict[str, Any]) -> None:
     name = folder.resolve().name
     folders = {name: folder} if recipe.adapter is None else {name: folder, f"{name}-adapter": folder / "adapter"}
     for title, path in folders.items():
-        (path / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_whole(path / RECORD_NAME, json.dumps(record, indent=2) + "\n")
         if recipe.output.model_card:
             # A card that the user has written or changed stays.
             with contextlib.suppress(FileExistsError):
