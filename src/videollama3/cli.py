@@ -134,6 +134,8 @@ def run_inspect(options: argparse.Namespace) -> None:
 
     quiet_progress_bars()
     video_processor = _video_processor(options.model)
+    if options.model is None:
+        print("No --model was given: sizes and tokens are those of the released models.", file=sys.stderr)
     if options.plan:
         _print_plan(options, video_processor)
         return

@@ -110,6 +110,26 @@ def test_keys_tell_rows_apart_and_do_not_depend_on_the_folder(tmp_path):
     assert keys[1] == keys[3]
 
 
+def test_videos_in_messages_take_the_rest_from_the_command_line(tmp_path):
+    parts = [
+        {"type": "video", "path": "a.mp4", "end_time": 5},
+        {"type": "image", "path": "b.png"},
+        {"type": "video", "video": ["c.png", "d.png"], "fps": 2},
+        {"type": "text", "text": "?"},
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", {"messages": [{"role": "user", "content": parts}]})
+    (row,) = open_input(path, RowDefaults(fps=3, max_frames=7, start_time=1, end_time=9))
+    video, image, frames, _ = row.messages[0]["content"]
+    assert {name: video[name] for name in video if name not in ("type", "video")} == {
+        "fps": 3,
+        "max_frames": 7,
+        "start_time": 1,
+        "end_time": 5,
+    }
+    assert set(image) == {"type", "image"}
+    assert {name: frames[name] for name in frames if name not in ("type", "video")} == {"fps": 2}
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

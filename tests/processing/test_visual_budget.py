@@ -93,6 +93,16 @@ ITEMS = st.lists(
 )
 
 
+@pytest.mark.parametrize("limit", [100, 128, 140])
+def test_a_limit_between_the_budget_and_the_least_of_all_pictures_is_used_up(limit):
+    """The demonstrator's budget of 16 tokens gives way to 16 for each picture, but not to a limit of the user's."""
+    video = ItemSize(8, 240, 320, 2)
+    (least,) = num_tokens([video], target_sizes([video], max_tokens=16))
+    assert least == 160
+    (count,) = num_tokens([video], target_sizes([video], max_tokens=16, max_visual_tokens=limit))
+    assert limit / 2 < count <= limit
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(ITEMS, st.integers(0, 3000))
 def test_max_visual_tokens_is_a_promise(items, spare):

@@ -222,9 +222,10 @@ def read_bulk_row(row: Any, *, index: int, root: str, defaults: RowDefaults) -> 
         raise ValueError(f"Expected max_visual_tokens as a positive integer, got {limit!r}.")
     messages = _given_messages(present) if "messages" in present else _built_messages(present, defaults)
     conversation = read_conversation(messages)
-    for reference in conversation.media:
+    references = [_with_defaults(reference, defaults) for reference in conversation.media]
+    for reference in references:
         _check_reference(reference)
-    media = tuple(_shown(reference.source) for reference in conversation.media)
+    media = tuple(_shown(reference.source) for reference in references)
     prompt = _last_text(conversation.messages)
     return BulkRow(
         index=index,
@@ -232,7 +233,7 @@ def read_bulk_row(row: Any, *, index: int, root: str, defaults: RowDefaults) -> 
         key=_digest(row),
         media=media,
         prompt=prompt,
-        messages=_resolved(conversation.messages, conversation.media, root),
+        messages=_resolved(conversation.messages, references, root),
         max_visual_tokens=limit,
     )
 
@@ -278,6 +279,14 @@ def _as_list(value: Any, name: str) -> list[str]:
 
 def _video_options(row: Mapping[str, Any], defaults: RowDefaults) -> dict[str, Any]:
     return {name: row.get(name, getattr(defaults, name)) for name in _VIDEO_OPTIONS}
+
+
+def _with_defaults(reference: MediaReference, defaults: RowDefaults) -> MediaReference:
+    """A video of `messages` takes what it does not say itself from the command line, but for a list of frames."""
+    if reference.kind != "video" or isinstance(reference.source, list):
+        return reference
+    own = {name: value for name, value in reference.options.items() if value is not None}
+    return dataclasses.replace(reference, options={**_video_options({}, defaults), **own})
 
 
 def _check_reference(reference: MediaReference) -> None:

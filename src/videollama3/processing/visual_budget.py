@@ -66,7 +66,8 @@ def target_sizes(
     sizes = _official_sizes(items, patch_size, min_tokens, min(max_tokens, max_visual_tokens))
     if _count(items, sizes, patch_size) <= max_visual_tokens:
         return sizes
-    sizes = _official_sizes(items, patch_size, 1, min(max_tokens, max_visual_tokens))
+    # More than `max_tokens`, as `min_tokens` asks for that: only the limit is left.
+    sizes = _official_sizes(items, patch_size, 1, max_visual_tokens)
     return _shrink_to(items, sizes, patch_size, max_visual_tokens)
 
 
