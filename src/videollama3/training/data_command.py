@@ -76,8 +76,12 @@ def add_parser(commands: Any) -> None:
         action.add_argument(
             "--max-visual-tokens", type=positive_int, metavar="N", help="before pruning (default 10240)"
         )
-        action.add_argument("--max-frames", type=positive_int, metavar="N", help="of a video (default: the processor's, 180)")
-        action.add_argument("--fps", type=float, metavar="N", help="sampled frames per second (default: the processor's, 1)")
+        action.add_argument(
+            "--max-frames", type=positive_int, metavar="N", help="of a video (default: the processor's, 180)"
+        )
+        action.add_argument(
+            "--fps", type=float, metavar="N", help="sampled frames per second (default: the processor's, 1)"
+        )
         action.add_argument(
             "--system-prompt",
             dest="add_system_prompt",
