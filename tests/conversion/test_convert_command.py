@@ -35,7 +35,8 @@ def test_dtype_overwrite_and_notes(golden_folder, tmp_path, capsys):
     assert main([*arguments, "--dtype", "bfloat16"]) == 1
     captured = capsys.readouterr()
     assert captured.err == (
-        f"videollama3 convert: Expected '{tmp_path / 'out'}' to be absent or empty, it has files: pass --overwrite.\n"
+        f"videollama3 convert: Expected '{tmp_path / 'out'}' to be absent or empty, it has files: choose another, or pass "
+        "--overwrite to convert.\n"
     )
     assert main([*arguments, "--dtype", "bfloat16", "--overwrite"]) == 0
     assert read_json(tmp_path / "out" / "config.json")["dtype"] == "bfloat16"

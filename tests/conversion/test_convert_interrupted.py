@@ -104,7 +104,7 @@ def test_destinations_that_are_taken(tmp_path):
     folder.mkdir()
     with partial_folder(str(folder)) as partial:
         (tmp_path / os.path.basename(partial) / "x").write_text("1")
-    message = "Expected '.*out' to be absent or empty, it has files: pass --overwrite"
+    message = "Expected '.*out' to be absent or empty, it has files: choose another, or pass --overwrite"
     with pytest.raises(FileExistsError, match=message), partial_folder(str(folder)):
         pass
     (tmp_path / "link").symlink_to("out")

@@ -287,3 +287,11 @@ def test_a_prompt_in_float32_of_a_card_is_the_same_where_that_kernel_is_pretende
     assert torch.equal(model.generate(**ids, **GREEDY), expected[1])
     # The prompt of each call, not the tokens after it.
     assert len(called) == 2 * len(model.model.language_model.layers)
+
+
+@torch.no_grad()
+def test_bounds_that_a_kernel_cannot_use_are_an_error_where_float32_of_a_card_is_pretended(monkeypatch):
+    model = _model(TORCH_VARLEN)
+    monkeypatch.setattr(document_attention, "kernel_shares_keys", lambda query: False)
+    with pytest.raises(ValueError, match="torch_varlen"):
+        model(**_row(), **Documents(LENGTHS).bounds(CPU))

@@ -42,7 +42,7 @@ def test_they_are_measured_once(dataset, tmp_path, monkeypatch):
     first = sample_lengths(dataset, folder=tmp_path)
     monkeypatch.setattr(Samples, "__getitem__", None)
     assert np.array_equal(sample_lengths(dataset, folder=tmp_path, retry_skipped=False), first)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".lock", ".npy"}
 
 
 def test_rows_that_are_not_asked_for_are_not_read(dataset, tmp_path):
@@ -144,12 +144,12 @@ def test_another_dataset_is_measured_anew(dataset, tmp_path):
     sample_lengths(dataset, folder=tmp_path)
     other = Samples(tiny_model()[1], [TEXT, IMAGE, None, VIDEO, TEXT])
     assert sample_lengths(other, folder=tmp_path)[4, 1] == 0
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.npy"))) == 2
 
 
 def test_a_file_that_does_not_fit_is_named(dataset, tmp_path):
     sample_lengths(dataset, folder=tmp_path)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.npy")
     np.save(path, np.zeros((4, 3), dtype=np.int64))
     message = f"Expected {path} to hold int64 lengths of 5 samples, got int64 of shape (4, 3): delete it"
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from videollama3.training.recipe import load_recipe
 from videollama3.training.run_checkpoints import RunInCheckpoints, checkpoint_to_resume, updates_of, write_settings
@@ -97,10 +98,6 @@ def test_a_run_that_was_killed_after_its_last_update_makes_no_other(task, tmp_pa
     whole = run_recipe(recipe)
     before = load_file(tmp_path / "model.safetensors")
     checkpoint = tmp_path / f"checkpoint-{whole['num_updates']}"
-    # The state comes last: with it a checkpoint is complete.
-    order = [path.name for path in sorted(checkpoint.iterdir(), key=lambda path: path.stat().st_mtime_ns)]
-    assert order[-1] == "trainer_state.json"
-    assert {"run_settings.json", "sample_order.sha256"} < set(order)
     for path in tmp_path.iterdir():
         if path.name not in (checkpoint.name, "length_index", "here"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -112,6 +109,22 @@ def test_a_run_that_was_killed_after_its_last_update_makes_no_other(task, tmp_pa
     assert list((tmp_path / "here").iterdir()) == []
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_state_with_which_a_checkpoint_counts_comes_last(task, tmp_path, monkeypatch):
+    there = []
+    save = TrainerState.save_to_json
+
+    def look(state, path):
+        there.append({path.name for path in Path(path).parent.iterdir()})
+        save(state, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", look)
+    run_recipe(_recipe("stage2", task, tmp_path, "schedule.max_steps=1", "output.save_every=1", "data.eval=[]"))
+    wanted = {"run_settings.json", "sample_order.sha256", "rng_state.pth", "optimizer.pt", "scheduler.pt"}
+    # The second is of the finished run.
+    assert wanted < there[0]
+    assert len(there) == 2
 
 
 def test_two_runs_with_adapters_are_the_same(task, tmp_path):

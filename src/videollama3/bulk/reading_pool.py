@@ -10,6 +10,7 @@ the file is known: it becomes a failed row, and a new process takes over.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import multiprocessing
 import signal
 import threading
@@ -139,8 +140,10 @@ def _receive(worker: _Worker) -> ReadRow | FailedRow:
     assert row is not None
     try:
         item = worker.connection.recv()
-    except (EOFError, OSError):
-        # Also when it ended in the middle of a message.
+    except (EOFError, OSError) as error:
+        # Without a number: it ended in the middle of a message.
+        if isinstance(error, OSError) and error.errno not in (None, errno.ECONNRESET):
+            raise
         return _after_death(worker, row)
     if isinstance(item, _Fault):
         raise RuntimeError(f"Reading row {row.index} ({row.id}) failed: {item.summary}") from RuntimeError(item.report)

@@ -26,7 +26,7 @@ def run_settings(options: argparse.Namespace) -> dict[str, Any]:
         JSON values by name; what only changes speed (workers, batches, Ray) is not among them.
     """
     return {
-        "format": 1,
+        "format": 2,
         "model": options.model,
         "model_files": _files_digest(demonstrator_path() if options.model is None else options.model),
         "engine": options.engine,

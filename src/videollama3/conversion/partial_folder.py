@@ -43,9 +43,7 @@ def partial_folder(
     os.mkdir(partial)
     try:
         yield partial
-        # Once more: somebody may have filled it meanwhile.
-        _check_destination(destination, overwrite)
-        _take_place(partial, destination)
+        _take_place(partial, destination, overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -54,14 +52,23 @@ def _check_destination(destination: str, overwrite: bool) -> None:
     if os.path.islink(destination) or (os.path.exists(destination) and not os.path.isdir(destination)):
         raise FileExistsError(f"Expected {destination!r} to be a folder or absent, got a file or a link.")
     if os.path.isdir(destination) and os.listdir(destination) and not overwrite:
-        raise FileExistsError(f"Expected {destination!r} to be absent or empty, it has files: pass --overwrite.")
+        raise FileExistsError(
+            f"Expected {destination!r} to be absent or empty, it has files: choose another, or pass --overwrite to "
+            "convert."
+        )
 
 
-def _take_place(partial: str, destination: str) -> None:
+def _take_place(partial: str, destination: str, overwrite: bool) -> None:
     _sync_folder(partial)
+    # Once more: somebody may have filled it meanwhile.
+    _check_destination(destination, overwrite)
     replaced = f"{destination}.replaced-{os.getpid()}"
     if os.path.isdir(destination):
-        os.rename(destination, replaced)
+        if overwrite:
+            os.rename(destination, replaced)
+        else:
+            # Fails where it has files at this very moment.
+            os.rmdir(destination)
     os.rename(partial, destination)
     _sync_path(os.path.dirname(destination))
     shutil.rmtree(replaced, ignore_errors=True)

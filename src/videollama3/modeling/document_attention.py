@@ -122,7 +122,8 @@ class Qwen2DocumentAttention(Qwen2Attention):
             kwargs: handed to transformers' attention.
         """
         documents = attention_mask
-        if attention_mask is None and self._would_hold_all_scores(hidden_states):
+        has_bounds = kwargs.get("cu_seq_lens_q") is not None
+        if attention_mask is None and self._would_hold_all_scores(hidden_states, has_bounds=has_bounds):
             documents = Documents((hidden_states.shape[1],) * hidden_states.shape[0])
         if not isinstance(documents, Documents):
             attended: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
@@ -141,10 +142,12 @@ class Qwen2DocumentAttention(Qwen2Attention):
         output = attend_documents(query, key, value, documents=documents, scaling=self.scaling)
         return self.o_proj(output.flatten(2)), None
 
-    def _would_hold_all_scores(self, hidden_states: torch.Tensor) -> bool:
+    def _would_hold_all_scores(self, hidden_states: torch.Tensor, *, has_bounds: bool) -> bool:
         """Whether transformers' sdpa lets heads share keys where no kernel but the one that keeps all scores can."""
+        # With bounds the other keeps documents apart, or says why it cannot.
+        by_sdpa = ("sdpa",) if has_bounds else ("sdpa", TORCH_VARLEN)
         return (
-            self.config._attn_implementation in ("sdpa", TORCH_VARLEN)
+            self.config._attn_implementation in by_sdpa
             and hidden_states.shape[1] > 1
             and self.num_key_value_groups > 1
             and not (self.training and self.attention_dropout)

@@ -38,6 +38,8 @@ def keep_documents_apart(
 ) -> tuple[Any, torch.Tensor | None, bool | None, dict[str, Any]]:
     """Mask, positions, `use_cache` and further arguments with which documents are kept apart.
 
+    Rows of several documents, and those that come with bounds for a kernel, make no cache unless one is asked for.
+
     Args:
         language_model: a `Qwen2Model` that `attend_by_document` was called on.
         inputs_embeds: (batch, sequence, width).
@@ -66,7 +68,7 @@ def keep_documents_apart(
         mask = _mask_in_graph(config, inputs_embeds, position_ids, attention_mask, has_bounds=has_bounds)
         return mask, position_ids, bool(use_cache), kwargs
     num_rows = inputs_embeds.shape[0]
-    if has_bounds and num_rows == 1 and not (use_cache or past_key_values) and _goes_by_bounds(config):
+    if has_bounds and num_rows == 1 and not use_cache and past_key_values is None and _goes_by_bounds(config):
         # Nobody waits for the device to say what the bounds say; the kernel reads no mask.
         return dict.fromkeys(config.layer_types), position_ids, False, kwargs
     restart, jump = look_at_positions(position_ids, attention_mask)

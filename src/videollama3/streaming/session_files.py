@@ -30,6 +30,8 @@ from .placement import with_weights
 _FORMAT = 1
 _RECORD = "session.json"
 _MAX_SECONDS_TO_SAVE = 3600.0
+# Of a session that is saved again and again meanwhile.
+_MAX_READS = 100
 # Of so many weights, and of each so many values: enough to tell a checkpoint from its next training step.
 _SAMPLED_WEIGHTS, _SAMPLED_VALUES = 24, 64
 # Parts of a configuration that say nothing about what the model computes.
@@ -93,11 +95,15 @@ def read_session(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     if not path.is_file():
         raise FileNotFoundError(f"Expected a folder with a saved session, got {str(place)!r} without {_RECORD}.")
     try:
-        try:
-            return _read(path)
-        except FileNotFoundError:
-            # Saved anew between the record and its tensors.
-            return _read(path)
+        for _ in range(_MAX_READS):
+            before = _named_by(path)
+            try:
+                return _read(path)
+            except FileNotFoundError:
+                # Saved anew between the record and its tensors?
+                if _named_by(path) == before:
+                    raise
+        return _read(path)
     except (ValueError, KeyError, AttributeError, OSError, SafetensorError) as error:
         raise ValueError(
             f"Expected a whole session in {str(place)!r}, got one that cannot be read: {error}."

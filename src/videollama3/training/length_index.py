@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..whole_files import locked
 from .packing import TOKENS, Lengths
 
 Progress = Callable[[int, int], None]
@@ -118,15 +119,16 @@ def _load(path: Path, num_rows: int) -> Lengths:
 
 def _store(path: Path, lengths: Lengths) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        # What another run has measured meanwhile.
-        others = _load(path, len(lengths))
-        theirs = (lengths[:, TOKENS] <= 0) & (others[:, TOKENS] != 0)
-        lengths[theirs] = others[theirs]
-    # Complete or not there: a killed run leaves no half file under the final name.
-    unfinished = path.with_suffix(f".{os.getpid()}.npy")
-    np.save(unfinished, lengths, allow_pickle=False)
-    os.replace(unfinished, path)
+    with locked(path.with_suffix(".lock")):
+        if path.is_file():
+            # What another run has measured meanwhile.
+            others = _load(path, len(lengths))
+            theirs = (lengths[:, TOKENS] <= 0) & (others[:, TOKENS] != 0)
+            lengths[theirs] = others[theirs]
+        # Complete or not there: a killed run leaves no half file under the final name.
+        unfinished = path.with_suffix(".unfinished.npy")
+        np.save(unfinished, lengths, allow_pickle=False)
+        os.replace(unfinished, path)
 
 
 def _measure(

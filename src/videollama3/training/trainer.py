@@ -407,12 +407,18 @@ class VideoLlama3Trainer(Trainer):
         It does so here where the model is divided among processes, whose shards are read in training only.
         """
         if self.is_sharded:
-            logger.warning("%s has made all updates: one more is made, since shards are read in training", checkpoint)
+            if self.args.max_steps > 0:
+                logger.warning(
+                    "%s has made all updates: one more is made, since shards are read in training", checkpoint
+                )
             self.train(resume_from_checkpoint=checkpoint)
             return
         self._load_from_checkpoint(checkpoint)
         # Else TensorBoard would write what follows into the working directory.
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        # The file says it of the process that wrote it.
+        state.is_world_process_zero = self.is_world_process_zero()
+        state.is_local_process_zero = self.is_local_process_zero()
         self.control = self.callback_handler.on_train_begin(self.args, state, self.control)
         self.control = self.callback_handler.on_train_end(self.args, state, self.control)
         self.state = state
