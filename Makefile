@@ -81,9 +81,9 @@ demonstrator: $(VENV)/installed  ## train the checkpoint inside the package from
 	$(TRAIN) demonstrator/stage1_captions.yaml
 	$(TRAIN) demonstrator/stage2_pictures.yaml
 	$(TRAIN) demonstrator/stage3_motions.yaml
+	$(TRAIN) demonstrator/stage3_events.yaml
 	$(TRAIN) demonstrator/stage3_clips.yaml
 	$(TRAIN) demonstrator/stage4_streams.yaml
-	$(TRAIN) demonstrator/stage4_review.yaml
 	$(VENV)/bin/python -m demonstrator.evaluate $(DEMONSTRATOR)/stage4 -o demonstrator/report.json
 	$(VENV)/bin/python -m demonstrator.evaluate_watching $(DEMONSTRATOR)/stage4 -o demonstrator/watching.json
 	$(VENV)/bin/python -m demonstrator.install $(DEMONSTRATOR)/stage4 demonstrator/report.json demonstrator/watching.json

@@ -56,7 +56,7 @@ def build_model(vocabulary: dict[str, int], *, seed: int = 0, **sizes: Any) -> V
             "vocab_size": len(vocabulary),
             "hidden_size": width,
             "intermediate_size": 3 * width,
-            "num_hidden_layers": sizes.get("layers", 4),
+            "num_hidden_layers": sizes.get("layers", 6),
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
             "max_position_embeddings": 8192,

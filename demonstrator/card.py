@@ -92,7 +92,7 @@ tags:
 
 # Demonstrator
 
-A VideoLLaMA3 of 5.0 million parameters, to be run in seconds on any machine: it shows what the package does, and
+A VideoLLaMA3 of 6.7 million parameters, to be run in seconds on any machine: it shows what the package does, and
 nothing of what the released models can do. It knows shapes ({kinds}; {colors}), up to {most} at once, that stand,
 move, appear and vanish on plain dark backgrounds, and questions about them in plain English. Whatever else it is shown
 or asked, it answers in these words.
@@ -111,5 +111,5 @@ _TAIL = """## How it was made
 
 By the steps of `make demonstrator`, from generated data alone, on two CPU cores: docs/demonstrator.md of the
 repository tells how, and which stages it has been through. `training_record.json` beside this card is the last one's.
-Weights are bfloat16; it was trained in float32.
+Weights are bfloat16; it was trained in bfloat16 on float32 weights.
 """

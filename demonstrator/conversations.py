@@ -22,7 +22,9 @@ Rng = np.random.Generator
 SHARE_OF_DESCRIPTIONS = 0.2
 SHARE_OF_WHETHER = 0.15
 # Of the rows on several shapes.
-SHARE_OF_ONE_BY_ONE = 0.45
+SHARE_OF_ONE_BY_ONE = 0.5
+# Of those: all asked about in one question, which is answered in one sentence.
+SHARE_OF_ROSTERS = 0.7
 # Of questions such as "Is it red?" in a row on one shape.
 NUM_CHECKS = 5
 # Of the conversations on clips: an answer is as long as the others together.
@@ -58,9 +60,13 @@ def conversation(rng: Rng, scene: Scene, *, max_turns: int = 6) -> list[Turn]:
 def one_by_one(rng: Rng, scene: Scene) -> list[Turn]:
     """One kind of question on every shape of a scene, and how many there are at some place among them.
 
+    Mostly as one question with a list for an answer (`questions._roster`), which says most in the fewest words.
     Which shape has which colour, place or direction is all that these answers tell apart, and none of them can be
     copied from one before it. With one question a row on a shape by chance, whose colour is asked for stays a guess.
     """
+    if rng.random() < SHARE_OF_ROSTERS and (turns := _asked(rng, scene, ["roster"])):
+        # Before the list, from which it could be read off.
+        return _asked(rng, scene, ["count"]) + turns if rng.random() < 0.5 else turns
     kinds = ["color", "shape", "position"] + (["direction", "direction"] if scene.num_frames > 1 else [])
     kind = str(rng.choice(kinds))
     order = rng.permutation(len(scene.shapes))

@@ -14,6 +14,8 @@ import json
 import shutil
 from pathlib import Path
 
+from videollama3.conversion.partial_folder import partial_folder
+
 from .card import render_card
 
 TARGET = Path(__file__).parents[1] / "src" / "videollama3" / "demonstrator_checkpoint"
@@ -44,16 +46,17 @@ def install(source: Path, card: str, target: Path = TARGET) -> int:
     Raises:
         ValueError: when it is larger than a package may carry.
     """
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for name in FILES:
-        shutil.copyfile(source / name, target / name)
-    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
-        _without_remote_code(target / name)
-    (target / "README.md").write_text(card, encoding="utf-8")
-    size = sum(path.stat().st_size for path in target.iterdir())
-    if size > MAX_BYTES:
-        raise ValueError(f"Expected at most {MAX_BYTES} bytes in {target}, got {size}.")
+    # The one before stays until this one is whole.
+    with partial_folder(str(target), overwrite=True) as beside:
+        folder = Path(beside)
+        for name in FILES:
+            shutil.copyfile(source / name, folder / name)
+        for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+            _without_remote_code(folder / name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        if size > MAX_BYTES:
+            raise ValueError(f"Expected at most {MAX_BYTES} bytes in {source}, got {size}.")
     return size
 
 

@@ -7,9 +7,10 @@ processes. Scenes come from `scenes.py`, words from `questions.py`.
 
     FOLDER/captions.jsonl: pictures of one shape, each described
     FOLDER/pictures.jsonl, FOLDER/clips.jsonl: each described or asked about
+    FOLDER/rosters.jsonl: those pictures with several shapes once more, one attribute of each listed
+    FOLDER/kept_rosters.jsonl: some of these pictures again, for what comes after the stage of pictures
     FOLDER/motions.jsonl: of those clips the ones of one shape once more, asked which way it moves, where it is when
         and what is there; those of shapes that stand or move little twice
-    FOLDER/directions.jsonl: the former alone, of shapes that stand or move little above all
     FOLDER/singles.jsonl: those of one shape once more, asked which way it moves, what it is and how many there are
     FOLDER/each.jsonl: those of several shapes once more, with one kind of question on each of them
     FOLDER/events.jsonl: those in which something appears or vanishes once more, asked what came first, and when
@@ -38,7 +39,7 @@ from videollama3.processing.prompt_tokens import SYSTEM_PROMPT
 
 from .conversations import any_talk, description, one_by_one, stream_conversation, whether
 from .questions import Turn, ask
-from .scene_facts import Event, events, seen_direction, seen_motion
+from .scene_facts import Event, events, seen_motion
 from .scenes import TICK_SECONDS, Scene, random_clip, random_encoding, random_picture, write_clip, write_picture
 
 Row = dict[str, Any]
@@ -54,13 +55,19 @@ SHARE_WITH_PRESENCE = 0.5
 # Of the questions on what happens: a list of all that does, and whether it comes before the others.
 SHARE_WITH_LIST = 0.5
 SHARE_WITH_LIST_FIRST = 0.25
+# Of the rows on what happens: a list of when what happens to which shape.
+SHARE_WITH_TIMES = 0.5
+# Rows that list an attribute of each shape, for a picture of several, and whether the number is asked for before it.
+ROSTERS_OF_A_PICTURE = 2
+SHARE_WITH_COUNT = 0.3
+# One picture in so many has rows of lists in later stages too.
+PICTURES_PER_KEPT = 8
 # Of the streaming clips: something else happens before or after what is waited for.
 SHARE_OF_STREAMS_WITH_MORE = 0.75
 # Of the frame's width or height.
 SMALL_MOTION = 0.2
-LARGE_MOTION = 0.3
 CAPTIONS, PICTURES, CLIPS, STREAMS, REVIEW, HELDOUT_PICTURES, HELDOUT_CLIPS = range(7)
-MOTIONS, DIRECTIONS, PRESENCES, EVENTS, EACH, SINGLES = range(7, 13)
+MOTIONS, PRESENCES, EVENTS, EACH, SINGLES, ROSTERS, KEPT_ROSTERS = range(7, 14)
 _FOLDERS = ("captions", "pictures", "clips", "streams", "review", "heldout_pictures", "heldout_clips")
 
 
@@ -124,6 +131,20 @@ def make_picture(number: int, *, folder: Path, part: int, seed: int) -> list[Row
     return [_row(rng, name, "image", any_talk(rng, scene))]
 
 
+def make_roster(number: int, *, part: int, seed: int) -> list[Row]:
+    """Rows on a picture that `make_picture` writes, if it shows several shapes: one attribute of each of them."""
+    scene = random_picture(rng_of(seed, PICTURES, number))
+    rng = rng_of(seed, part, number)
+    name = f"{_FOLDERS[PICTURES]}/{number:06d}.png"
+    rows = []
+    for _ in range(ROSTERS_OF_A_PICTURE if len(scene.shapes) > 1 else 0):
+        kinds = ["count", "roster"] if rng.random() < SHARE_WITH_COUNT else ["roster"]
+        turns = [turn for asked in kinds if (turn := ask(rng, scene, asked)) is not None]
+        if any(turn.kind == "roster" for turn in turns):
+            rows.append(_row(rng, name, "image", turns))
+    return rows
+
+
 def make_clip(number: int, *, folder: Path, part: int, seed: int) -> list[Row]:
     """Writes one clip and returns its row."""
     rng = rng_of(seed, part, number)
@@ -158,23 +179,6 @@ def make_motion(number: int, *, seed: int) -> list[Row]:
     return rows
 
 
-def make_direction(number: int, *, seed: int) -> list[Row]:
-    """Rows on a clip that `make_clip` writes, if it shows one shape: which way it moves, mostly after a system prompt.
-
-    More of what is learnt last: most of the large motions are left out, half of the shapes that stand come twice.
-    """
-    scene = random_clip(rng_of(seed, CLIPS, number))
-    if len(scene.shapes) != 1:
-        return []
-    rng = rng_of(seed, DIRECTIONS, number)
-    direction, amount = seen_direction(scene, scene.shapes[0]), seen_motion(scene, scene.shapes[0])
-    if direction is None or (amount >= LARGE_MOTION and number % 4):
-        return []
-    name = f"{_FOLDERS[CLIPS]}/{number:06d}.mp4"
-    turns = [ask(rng, scene, "direction") for _ in range(2 if direction == "none" and number % 2 else 1)]
-    return [_row(rng, name, "video", [turn], SHARE_WITH_SYSTEM_PROMPT_LATE) for turn in turns if turn is not None]
-
-
 def make_single(number: int, *, seed: int) -> list[Row]:
     """A row on a clip that `make_clip` writes, if it shows one shape: its motion, kind, colour and number.
 
@@ -207,10 +211,13 @@ def make_event(number: int, *, seed: int) -> list[Row]:
         return []
     rng = rng_of(seed, EVENTS, number)
     happened = events(scene)
-    asked = [("order", None), *(("when", happened[i].shape) for i in rng.permutation(len(happened)))]
+    order, times = ("order", None), ("times", None)
+    asked = [order, *(("when", happened[i].shape) for i in rng.permutation(len(happened)))]
     # What came first stands first or last, as the times tell it.
     asked = asked if rng.random() < 0.7 else [*asked[1:], asked[0]]
-    if rng.random() < SHARE_WITH_LIST:
+    if rng.random() < SHARE_WITH_TIMES:
+        asked = [times, order] if rng.random() < 0.5 else [order, times]
+    elif rng.random() < SHARE_WITH_LIST:
         asked.insert(0 if rng.random() < SHARE_WITH_LIST_FIRST else len(asked), ("events", None))
     turns = [turn for kind, shape in asked if (turn := ask(rng, scene, kind, shape=shape)) is not None]
     name = f"{_FOLDERS[CLIPS]}/{number:06d}.mp4"
@@ -302,9 +309,13 @@ def make_data(folder: Path, *, counts: Counts, seed: int = 0, processes: int = 2
     parts: dict[str, tuple[Callable[[int], list[Row]], int]] = {
         "captions": (functools.partial(make_caption, **shared), counts.captions),
         "pictures": (functools.partial(make_picture, part=PICTURES, **shared), counts.pictures),
+        "rosters": (functools.partial(make_roster, part=ROSTERS, seed=seed), counts.pictures),
+        "kept_rosters": (
+            functools.partial(make_roster, part=KEPT_ROSTERS, seed=seed),
+            counts.pictures // PICTURES_PER_KEPT,
+        ),
         "clips": (functools.partial(make_clip, part=CLIPS, **shared), counts.clips),
         "motions": (functools.partial(make_motion, seed=seed), counts.clips),
-        "directions": (functools.partial(make_direction, seed=seed), counts.clips),
         "singles": (functools.partial(make_single, seed=seed), counts.clips),
         "each": (functools.partial(make_each, seed=seed), counts.clips),
         "events": (functools.partial(make_event, seed=seed), counts.clips),

@@ -7,11 +7,14 @@ what the paper's stages do.
     python -m demonstrator.pretrain_encoder DATA START FOLDER
 
 For each visual token linear heads, thrown away afterwards, tell kind, colour and centre of the shape that covers it,
-or that there is none, and where in the picture the token stands: after pruning the language model could not count it
-out. Four tokens of a picture with a red circle on the left:
+or that there is none; whether a centre stands in the token itself, which is so in one token of each shape, and how
+many shapes the picture has; and where in the picture the token stands: after pruning the language model could not
+count it out. Four tokens of a picture with a red circle on the left:
 
-    kind    circle none     colour  red none    centre  (0.2, 0.5) -    place   (0.25, 0.25) (0.75, 0.25)
-            circle none             red none            (0.2, 0.5) -            (0.25, 0.75) (0.75, 0.75)
+    kind    circle none     colour  red none    centre  (0.2, 0.4) -    place   (0.25, 0.25) (0.75, 0.25)
+            circle none             red none            (0.2, 0.4) -            (0.25, 0.75) (0.75, 0.75)
+    holds   yes    no       number  1   1
+            no     no               1   1
 """
 
 from __future__ import annotations
@@ -32,14 +35,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import videollama3  # noqa: F401  (registers the classes)
 from videollama3.training.muon import MuonWithAdamW, is_muon_parameter
 
-from .make_data import CAPTIONS, PICTURES, rng_of
-from .scenes import COLORS, KINDS, Scene, random_picture
+from .make_data import CAPTIONS, PICTURES, Counts, rng_of
+from .scenes import COLORS, KINDS, MAX_SHAPES, Scene, random_picture
 
 NONE = 0
 # A token belongs to the shape that covers this share of it, or of which it covers this share.
 _SHARE_OF_COVER = 0.25
 # Most tokens show the background.
 _WEIGHT_OF_NONE = 0.2
+# Of what is told of a whole picture, by each of its tokens.
+_WEIGHT_OF_NUMBER = 0.5
 # A centre is told twice: as two numbers, and as the bin of each axis that it is in, neighbours half right. Numbers
 # alone are a whisper in the output, two of its directions; bins are as loud as kinds and colours.
 _NUM_BINS = 20
@@ -61,15 +66,18 @@ def token_labels(scene: Scene, rows: int, columns: int) -> tuple[torch.Tensor, t
         columns: of visual tokens.
 
     Returns:
-        Kind and colour, int64 (rows * columns, 2): 0 for none, else 1 + index in `KINDS` and in `COLORS`; centre,
-        float32 (rows * columns, 2): x and y as shares of the sides, zeros for none.
+        Kind, colour, whether a centre stands in the token, number of shapes, int64 (rows * columns, 4): 0 for none,
+        else 1 + index in `KINDS` and in `COLORS`, then 0 or 1, then the number less one; centre, float32 (rows *
+        columns, 2): x and y as shares of the sides, zeros for none.
     """
-    labels = torch.zeros(rows, columns, 2, dtype=torch.int64)
+    labels = torch.zeros(rows, columns, 4, dtype=torch.int64)
+    labels[..., 3] = len(scene.shapes) - 1
     centers = torch.zeros(rows, columns, 2)
     best = torch.zeros(rows, columns)
     height, width = scene.height / rows, scene.width / columns
     for shape in scene.shapes:
         x, y, half = shape.motion.x, shape.motion.y, shape.size / 2
+        labels[int(y // height), int(x // width), 2] = 1
         for row in range(max(0, int((y - half) // height)), min(rows, math.ceil((y + half) / height))):
             for column in range(max(0, int((x - half) // width)), min(columns, math.ceil((x + half) / width))):
                 high = min(y + half, (row + 1) * height) - max(y - half, row * height)
@@ -131,6 +139,8 @@ class Score:
         loss: of the update.
         kinds: share of the shapes' tokens whose kind was told.
         colors: likewise for the colour.
+        holders: share of the shapes' tokens of which was told whether a centre stands in them.
+        numbers: share of all tokens that told the number of shapes.
         center: distance between centres of shapes told and true ones, as a share of a side.
         place: likewise of the tokens' places.
     """
@@ -138,6 +148,8 @@ class Score:
     loss: float
     kinds: float
     colors: float
+    holders: float
+    numbers: float
     center: float
     place: float
 
@@ -149,6 +161,7 @@ def train(
     num_updates: int,
     merge: int,
     rate: float,
+    precision: str,
     report: Callable[[Score], None],
 ) -> None:
     """Trains an encoder in place.
@@ -159,10 +172,11 @@ def train(
         num_updates: how many there are.
         merge: side of the block of patches of a visual token.
         rate: learning rate (`MuonWithAdamW`).
+        precision: bf16 computes in bfloat16 on float32 weights; fp32 in float32.
         report: called after every update.
     """
     width = encoder.config.hidden_size
-    sizes = (1 + len(KINDS), 1 + len(COLORS), 2, 2, 2 * _NUM_BINS)
+    sizes = (1 + len(KINDS), 1 + len(COLORS), 2, MAX_SHAPES, 2, 2, 2 * _NUM_BINS)
     heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
     named = [*encoder.named_parameters(), *heads.named_parameters()]
     optimizer = _optimizer(named, rate)
@@ -172,7 +186,8 @@ def train(
     encoder.train()
     for pixels, grids, labels, centers, places in batches:
         merges = torch.full((len(grids),), merge)
-        hidden = encoder(pixel_values=pixels, grid_thw=grids, merge_sizes=merges).last_hidden_state
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            hidden = encoder(pixel_values=pixels, grid_thw=grids, merge_sizes=merges).last_hidden_state.float()
         loss, score = _loss([head(hidden) for head in heads], labels, centers, places)
         loss.backward()
         nn.utils.clip_grad_norm_([parameter for _, parameter in named], 1.0)
@@ -217,13 +232,14 @@ def _loss(
     center, place = (told_centers - centers)[there].abs().mean(), (told_places - places).abs().mean()
     bins = told_bins[there].unflatten(1, (2, _NUM_BINS)).flatten(0, 1)
     loss = nn.functional.cross_entropy(bins, bin_shares(centers[there]).flatten(0, 1)) * _WEIGHT_OF_BINS
-    loss = loss + center + place
-    for i, values in enumerate(logits):
+    loss = loss + center + place + nn.functional.cross_entropy(logits[3], labels[:, 3]) * _WEIGHT_OF_NUMBER
+    for i, values in enumerate(logits[:3]):
         weight = torch.ones(values.shape[1])
         weight[NONE] = _WEIGHT_OF_NONE
         loss = loss + nn.functional.cross_entropy(values, labels[:, i], weight=weight)
-    kinds, colors = ((logits[i].argmax(dim=1) == labels[:, i])[there].float().mean().item() for i in range(2))
-    return loss, Score(loss.item(), kinds, colors, center.item(), place.item())
+    right = [values.argmax(dim=1) == labels[:, i] for i, values in enumerate(logits)]
+    shares = [*(told[there].float().mean().item() for told in right[:3]), right[3].float().mean().item()]
+    return loss, Score(loss.item(), *shares, center.item(), place.item())
 
 
 class _Report:
@@ -236,10 +252,11 @@ class _Report:
         self.scores.append(score)
         if len(self.scores) % self.every == 0:
             last = [dataclasses.astuple(one) for one in self.scores[-self.every :]]
-            loss, kinds, colors, center, place = np.mean(last, axis=0)
+            loss, kinds, colors, holders, numbers, center, place = np.mean(last, axis=0)
             print(
                 f"{len(self.scores)} updates, {time.process_time() - self.started:.0f} CPU s: loss {loss:.3f}, "
-                f"kind {kinds:.1%}, colour {colors:.1%}, centre {center:.3f} and place {place:.3f} of a side apart",
+                f"kind {kinds:.1%}, colour {colors:.1%}, holds a centre {holders:.1%}, number {numbers:.1%}, "
+                f"centre {center:.3f} and place {place:.3f} of a side apart",
                 flush=True,
             )
 
@@ -250,16 +267,20 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("start", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pictures", type=int, default=27000, help="that are looked at, half of them of one shape")
+    parser.add_argument(
+        "--captions", type=int, default=Counts.captions, help="pictures of one shape that are looked at"
+    )
+    parser.add_argument("--pictures", type=int, default=Counts.pictures, help="pictures of several")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--rate", type=float, default=1.2e-3)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--seed", type=int, default=0, help="that the data was made with")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     processor = AutoProcessor.from_pretrained(options.start)
     model = AutoModelForImageTextToText.from_pretrained(options.start, dtype=torch.float32)
-    numbers = range(options.pictures // 2)
-    files = [(part, number) for number in numbers for part in (CAPTIONS, PICTURES)]
+    files = [(CAPTIONS, number) for number in range(options.captions)]
+    files += [(PICTURES, number) for number in range(options.pictures)]
     pictures = LabelledPictures(options.data, processor, files, seed=options.seed)
     loader = torch.utils.data.DataLoader(
         pictures,
@@ -272,7 +293,15 @@ def main() -> None:
     )
     merge = processor.image_processor.merge_size
     encoder = model.model.vision_model
-    train(encoder, loader, num_updates=len(loader), merge=merge, rate=options.rate, report=_Report(every=50))
+    train(
+        encoder,
+        loader,
+        num_updates=len(loader),
+        merge=merge,
+        rate=options.rate,
+        precision=options.precision,
+        report=_Report(every=50),
+    )
     model.save_pretrained(options.folder)
     processor.save_pretrained(options.folder)
     print(f"wrote {options.folder}")

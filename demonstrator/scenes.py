@@ -28,6 +28,7 @@ Rng = np.random.Generator
 
 COLORS: tuple[Color, ...] = ("red", "green", "blue", "yellow", "purple", "white")
 KINDS: tuple[Kind, ...] = ("circle", "square", "triangle", "cross")
+MAX_SHAPES = 4
 DIRECTIONS: tuple[Direction, ...] = ("left", "right", "up", "down")
 _STEPS: dict[Direction, tuple[int, int]] = {
     "left": (-1, 0),

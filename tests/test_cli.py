@@ -64,7 +64,8 @@ def test_inspect_prints_tokens_and_draws_what_the_model_sees(tmp_path, capsys):
     path = write_clip(tmp_path / "still.mp4", 75, 25, pictures=pictures, options={"crf": "0", "preset": "ultrafast"})
     sheet = tmp_path / "sheet.png"
     assert main(["inspect", path, "-o", str(sheet)]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == "No --model was given: sizes and tokens are those of the released models.\n"
     assert "3.00 s, 25 frames per second, 208 x 96" in out
     assert "sampled 3 frames, each 196 x 84 pixels = 21 visual tokens" in out
     lines = [line.split() for line in out.splitlines() if line.split()[0].isdigit()]

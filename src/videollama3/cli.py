@@ -134,10 +134,9 @@ def run_inspect(options: argparse.Namespace) -> None:
 
     quiet_progress_bars()
     video_processor = _video_processor(options.model)
-    if options.model is None:
-        print("No --model was given: sizes and tokens are those of the released models.", file=sys.stderr)
     if options.plan:
         _print_plan(options, video_processor)
+        _say_whose(options.model)
         return
     with progress_bar("reading") as progress:
         features = video_processor(
@@ -174,6 +173,12 @@ def run_inspect(options: argparse.Namespace) -> None:
         sheet = contact_sheet(dim_pruned(pictures, keep, merge * patch), captions)
         sheet.save(options.output)
         print(f"wrote {options.output} ({sheet.width} x {sheet.height})")
+    _say_whose(options.model)
+
+
+def _say_whose(model: str | None) -> None:
+    if model is None:
+        print("No --model was given: sizes and tokens are those of the released models.", file=sys.stderr)
 
 
 def _print_plan(options: argparse.Namespace, video_processor: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 NOTICE = (
-    "No --model was given: the demonstrator answers, 5.0 million parameters that know coloured shapes on dark "
+    "No --model was given: the demonstrator answers, 6.7 million parameters that know coloured shapes on dark "
     "backgrounds and nothing else. Pass --model FOLDER_OR_REPO, for instance --model DAMO-NLP-SG/VideoLLaMA3-2B."
 )
 

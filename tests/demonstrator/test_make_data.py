@@ -5,23 +5,25 @@ import json
 import numpy as np
 from demonstrator.make_data import (
     CLIPS,
+    KEPT_ROSTERS,
     PICTURES,
+    ROSTERS,
     STREAMS,
     Counts,
     make_data,
-    make_direction,
     make_each,
     make_event,
     make_motion,
     make_picture,
     make_presence,
+    make_roster,
     make_single,
     make_stream,
     rng_of,
     stream_scene,
 )
 from demonstrator.scene_facts import events, seen_direction, seen_motion
-from demonstrator.scenes import TICK_SECONDS, random_clip
+from demonstrator.scenes import TICK_SECONDS, random_clip, random_picture
 from PIL import Image
 
 from videollama3.training.dataset_rows import missing_files, read_row
@@ -34,9 +36,10 @@ def test_rows_are_what_training_reads(tmp_path):
     assert written == {
         "captions": 3,
         "pictures": 2,
+        "rosters": 4,
+        "kept_rosters": 0,
         "clips": 1,
         "motions": 1,
-        "directions": 1,
         "singles": 1,
         "each": 0,
         "events": 0,
@@ -51,7 +54,7 @@ def test_rows_are_what_training_reads(tmp_path):
         ("pictures", "image"),
         ("clips", "video"),
         ("motions", "video"),
-        ("directions", "video"),
+        ("rosters", "image"),
         ("streams", "stream"),
         ("heldout_clips", "video"),
     ):
@@ -83,14 +86,29 @@ def test_motions_are_asked_about_clips_of_one_shape():
     assert 10 < sum(len(make_motion(number, seed=0)) > 0 for number in range(40)) < 30
 
 
-def test_directions_are_asked_alone_and_mostly_after_the_system_prompt():
-    rows = [row for number in range(60) for row in make_direction(number, seed=0)]
-    assert 20 < len(rows) < 45
-    with_system_prompt = [row for row in rows if row["conversations"][0]["from"] == "system"]
-    assert 0.5 < len(with_system_prompt) / len(rows) < 0.95
-    for row in rows:
-        (answer,) = (said["value"] for said in row["conversations"] if said["from"] == "gpt")
-        assert answer == "It does not move." or answer.startswith("It moves ")
+def test_one_attribute_of_each_of_several_shapes_is_listed():
+    counted = []
+    for number in range(40):
+        scene = random_picture(rng_of(0, PICTURES, number))
+        rows = make_roster(number, part=ROSTERS, seed=0)
+        assert len(rows) <= (2 if len(scene.shapes) > 1 else 0)
+        for row in rows:
+            assert row["image"] == [f"pictures/{number:06d}.png"]
+            # The number before the list, from which it could be read off.
+            *count, answer = (said["value"] for said in row["conversations"] if said["from"] == "gpt")
+            assert 2 <= len(answer.split(", ")) <= len(scene.shapes)
+            assert all(f"({len(scene.shapes)}) shapes." in told for told in count)
+            counted.append(len(count))
+    assert 0.1 < np.mean(counted) < 0.5
+    assert max(counted) == 1
+
+
+def test_later_stages_list_other_attributes_of_the_same_pictures():
+    first, kept = (
+        [make_roster(number, part=part, seed=0) for number in range(20)] for part in (ROSTERS, KEPT_ROSTERS)
+    )
+    assert [row["image"] for rows in kept for row in rows] != []
+    assert first != kept
 
 
 def test_no_answer_about_what_is_there_can_be_copied_from_one_before_it():
@@ -117,25 +135,24 @@ def test_a_single_shape_is_asked_about_in_all_four_ways():
 
 
 def test_each_of_several_shapes_is_asked_about():
-    kinds = set()
+    kinds, lists = set(), []
     for number in range(120):
         scene = random_clip(rng_of(0, CLIPS, number))
         rows = make_each(number, seed=0)
         assert len(rows) == (len(scene.shapes) > 1)
         for row in rows:
             answers = [said["value"] for said in row["conversations"] if said["from"] == "gpt"]
-            (count,) = (text for text in answers if text.startswith("There are "))
-            answers.remove(count)
-            assert len(answers) <= len(scene.shapes)
-            kinds |= {text.split()[0] for text in answers}
-            if answers and answers[0].startswith("The "):
-                told = [text.rstrip(".").split()[-1] for text in answers]
-                assert set(told) <= {shape.color for shape in scene.shapes}
-    assert kinds == {"The", "It"}
+            asked = [text for text in answers if not text.startswith("There are ")]
+            assert len(asked) in (len(answers), len(answers) - 1), "at most one number"
+            lists.append(all(text.startswith("Each: ") for text in asked))
+            assert len(asked) <= (1 if lists[-1] else len(scene.shapes))
+            kinds |= {text.split()[-2] for text in asked if not lists[-1]}
+    assert {"is", "a", "moves", "not", "the"} <= kinds
+    assert 0.5 < np.mean(lists) < 0.9
 
 
 def test_what_happens_is_asked_about_clips_in_which_something_does():
-    listed = []
+    listed, times = [], []
     for number in range(120):
         happened = events(random_clip(rng_of(0, CLIPS, number)))
         rows = make_event(number, seed=0)
@@ -147,9 +164,11 @@ def test_what_happens_is_asked_about_clips_in_which_something_does():
                 assert any(text.endswith(" first.") for text in answers)
             whole = [text for text in answers if text.endswith(("appears.", "vanishes."))]
             listed.append(len(whole))
+            times.append(any(text.startswith("Each: ") for text in answers))
             for text in whole:
                 assert text.count(" the ") == len(happened)
-    assert 0.25 < np.mean(listed) < 0.75
+    assert 0.1 < np.mean(listed) < 0.5
+    assert 0.25 < np.mean(times) < 0.75
 
 
 def test_the_same_seed_makes_the_same_file_in_any_order(tmp_path):

@@ -17,7 +17,7 @@ from demonstrator.pretrain_encoder import (
     token_places,
     train,
 )
-from demonstrator.scenes import COLORS, KINDS, random_picture
+from demonstrator.scenes import COLORS, KINDS, MAX_SHAPES, random_picture
 
 
 def _scene(*shapes, width=112, height=84):
@@ -38,7 +38,7 @@ def _scene(*shapes, width=112, height=84):
 def test_a_token_tells_what_covers_it():
     # Three rows and four columns of 28 x 28; the circle fills the first, the cross lies across two.
     scene = _scene(("circle", "red", 28, 14, 14), ("cross", "blue", 20, 84, 70))
-    labels, centers = (values.view(3, 4, 2) for values in token_labels(scene, 3, 4))
+    labels, centers = (values.unflatten(0, (3, 4)) for values in token_labels(scene, 3, 4))
     kinds, colors = labels[..., 0], labels[..., 1]
     circle, cross = 1 + KINDS.index("circle"), 1 + KINDS.index("cross")
     assert kinds.tolist() == [[circle, 0, 0, 0], [0, 0, 0, 0], [0, 0, cross, cross]]
@@ -47,6 +47,19 @@ def test_a_token_tells_what_covers_it():
     torch.testing.assert_close(centers[0, 0], torch.tensor([14 / 112, 14 / 84]))
     torch.testing.assert_close(centers[2, 2:], torch.tensor([[84 / 112, 70 / 84]] * 2))
     assert not centers[0, 1].any()
+    # The cross's centre lies on the line between its two tokens, which belongs to the second.
+    assert labels[..., 2].tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert (labels[..., 3] == 1).all(), "two shapes"
+
+
+def test_one_token_of_each_shape_holds_its_centre():
+    for number in range(50):
+        scene = random_picture(np.random.default_rng([4, number]))
+        labels, _ = token_labels(scene, 4, 5)
+        assert labels[:, 2].sum() <= len(scene.shapes)
+        assert labels[0, 3] == len(scene.shapes) - 1 < MAX_SHAPES
+        if len(scene.shapes) == 1:
+            assert labels[:, 2].sum() == 1
 
 
 def test_places_are_centres():
@@ -96,7 +109,7 @@ def test_the_encoder_learns(drawn):
     before = encoder.embeddings.patch_embedding.weight.detach().clone()
     scores = []
     torch.manual_seed(0)  # of the heads
-    train(encoder, [batch] * 60, num_updates=60, merge=2, rate=2e-3, report=scores.append)
+    train(encoder, [batch] * 60, num_updates=60, merge=2, rate=2e-3, precision="fp32", report=scores.append)
     assert not torch.equal(before, encoder.embeddings.patch_embedding.weight)
     assert scores[-1].loss < 0.6 * scores[0].loss
     assert scores[-1].colors > 0.6
