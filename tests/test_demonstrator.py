@@ -134,6 +134,8 @@ def test_the_card_says_what_the_report_says():
     assert (FOLDER / "README.md").read_text() == render_card(report, watching)
     for kind, least in (("color", 97), ("shape", 95), ("direction", 95), ("count", 90)):
         assert report["accuracy"][f"one/{kind}"]["percent"] >= least
+    for scenes in ("video", "several", "events"):
+        assert report["accuracy"][f"{scenes}/count"]["percent"] >= 90
     assert report["pruned_percent"] > 0
 
 
