@@ -10,6 +10,11 @@ from videollama3.streaming import StreamingSession
 
 pytest.importorskip("accelerate")
 
+# Of older transformers, where the first weights are on disk.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:You are calling .generate.. with the `input_ids` being on a device:UserWarning"
+)
+
 PARTLY_ON_DISK = {
     "model.vision_model": "cpu",
     "model.projector": "cpu",
@@ -39,8 +44,6 @@ def _spread(device_map, folder):
     )
 
 
-# Of older transformers, where the first weights are on disk.
-@pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on a device:UserWarning")
 @SPREAD
 def test_answers_as_on_one_device(device_map, processor, model, tmp_path):
     conversation = [
