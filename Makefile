@@ -71,7 +71,7 @@ $(VLLM)/installed: pyproject.toml
 	touch $@
 
 DEMONSTRATOR := runs/demonstrator
-# Two processes, as many as there are cores; each reads its samples in one more.
+# Two processes, as many as there are cores; each reads its samples in two more.
 TRAIN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/torchrun --standalone --nproc-per-node 2 -m videollama3 train
 
 demonstrator: $(VENV)/installed  ## train the checkpoint inside the package from nothing; takes a little less than two hours

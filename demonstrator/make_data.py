@@ -52,11 +52,11 @@ SHARE_WITH_SYSTEM_PROMPT_LATE = 0.75
 SHARE_WITH_TRACK = 0.5
 SHARE_WITH_TRACK_FIRST = 0.25
 SHARE_WITH_PRESENCE = 0.5
-# Of the questions on what happens: a list of all that does, and whether it comes before the others.
-SHARE_WITH_LIST = 0.5
-SHARE_WITH_LIST_FIRST = 0.25
 # Of the rows on what happens: a list of when what happens to which shape.
 SHARE_WITH_TIMES = 0.5
+# Of the others: a list of all that happens, and whether it comes before the other questions.
+SHARE_WITH_LIST = 0.5
+SHARE_WITH_LIST_FIRST = 0.25
 # Rows that list an attribute of each shape, for a picture of several, and whether the number is asked for before it.
 ROSTERS_OF_A_PICTURE = 2
 SHARE_WITH_COUNT = 0.3
@@ -77,7 +77,7 @@ class Counts:
 
     Attributes:
         captions: png files of one shape.
-        pictures: png files of several shapes.
+        pictures: png files of one to four shapes.
         clips: mp4 files.
         streams: mp4 files of streaming rows, of which there are up to two for each.
         review: png and mp4 files, half of each.

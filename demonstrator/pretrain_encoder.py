@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument(
         "--captions", type=int, default=Counts.captions, help="pictures of one shape that are looked at"
     )
-    parser.add_argument("--pictures", type=int, default=Counts.pictures, help="pictures of several")
+    parser.add_argument("--pictures", type=int, default=Counts.pictures, help="pictures of one to four shapes")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--rate", type=float, default=1.2e-3)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 import videollama3
+from videollama3.demonstrator import NOTICE
 
 FOLDER = videollama3.demonstrator_path()
 COLORS = {
@@ -94,6 +95,7 @@ def test_every_auto_class_loads_it(path, trust_remote_code):
     model = AutoModelForCausalLM.from_pretrained(path, **options)
     assert type(model) is videollama3.VideoLlama3ForCausalLM
     assert 3e6 <= model.num_parameters() <= 8e6
+    assert f"{model.num_parameters() / 1e6:.1f} million parameters" in NOTICE
     processor = AutoProcessor.from_pretrained(path, **options)
     assert type(processor) is videollama3.VideoLlama3Processor
     assert processor.video_processor.fps == 1

@@ -103,11 +103,14 @@ def test_one_attribute_of_each_of_several_shapes_is_listed():
     assert max(counted) == 1
 
 
-def test_later_stages_list_other_attributes_of_the_same_pictures():
+def test_later_stages_draw_lists_of_the_same_pictures_anew():
     first, kept = (
         [make_roster(number, part=part, seed=0) for number in range(20)] for part in (ROSTERS, KEPT_ROSTERS)
     )
-    assert [row["image"] for rows in kept for row in rows] != []
+    shown = [[{row["image"][0] for row in rows} for rows in part] for part in (first, kept)]
+    # Some pictures have no list that tells all shapes apart, by chance.
+    assert all(len(one | other) <= 1 for one, other in zip(*shown, strict=True))
+    assert any(shown[1])
     assert first != kept
 
 
@@ -144,6 +147,8 @@ def test_each_of_several_shapes_is_asked_about():
             answers = [said["value"] for said in row["conversations"] if said["from"] == "gpt"]
             asked = [text for text in answers if not text.startswith("There are ")]
             assert len(asked) in (len(answers), len(answers) - 1), "at most one number"
+            if not asked:
+                continue
             lists.append(all(text.startswith("Each: ") for text in asked))
             assert len(asked) <= (1 if lists[-1] else len(scene.shapes))
             kinds |= {text.split()[-2] for text in asked if not lists[-1]}

@@ -99,7 +99,8 @@ def test_labels_are_of_the_picture_in_the_file(drawn):
                     assert np.abs(middle - shape.rgb).max() <= 25, (number, shape)
 
 
-def test_the_encoder_learns(drawn):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_encoder_learns(drawn, precision):
     tokenizer = make_tokenizer(num_scenes=300)
     encoder = build_model(tokenizer.get_vocab(), vision_hidden_size=64, vision_layers=1, vision_heads=4)
     encoder = encoder.model.vision_model
@@ -109,7 +110,7 @@ def test_the_encoder_learns(drawn):
     before = encoder.embeddings.patch_embedding.weight.detach().clone()
     scores = []
     torch.manual_seed(0)  # of the heads
-    train(encoder, [batch] * 60, num_updates=60, merge=2, rate=2e-3, precision="fp32", report=scores.append)
+    train(encoder, [batch] * 60, num_updates=60, merge=2, rate=2e-3, precision=precision, report=scores.append)
     assert not torch.equal(before, encoder.embeddings.patch_embedding.weight)
     assert scores[-1].loss < 0.6 * scores[0].loss
     assert scores[-1].colors > 0.6
