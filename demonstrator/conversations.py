@@ -60,8 +60,8 @@ def conversation(rng: Rng, scene: Scene, *, max_turns: int = 6) -> list[Turn]:
 def one_by_one(rng: Rng, scene: Scene) -> list[Turn]:
     """One kind of question on every shape of a scene, and how many there are.
 
-    Mostly as one question with a list for an answer (`questions._roster`), which says most in the fewest words, in half of
-    the rows after the number; else the number stands at some place among the questions.
+    Mostly as one question with a list for an answer (`questions._roster`), which says most in the fewest words, half
+    of the time after the number; else the number stands at some place among the questions.
     Which shape has which colour, place or direction is all that these answers tell apart, and none of them can be
     copied from one before it. With one question a row on a shape by chance, whose colour is asked for stays a guess.
     """
