@@ -1,6 +1,7 @@
 """Real processes that read ahead: order, bounds, threads, and what becomes of errors and crashes."""
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import torch
 
 from tests.media import numbered_picture, write_clip
 from videollama3.bulk.input_rows import RowDefaults, open_input
-from videollama3.bulk.reading_pool import ReadingPool
+from videollama3.bulk.reading_pool import ReadingPool, _work
 from videollama3.bulk.row_reader import FailedRow, ReadRow, RowReader
 from videollama3.processing import video_reading
 from videollama3.processing.read_ahead import ReadAhead
@@ -138,6 +139,19 @@ class Threads(RowReader):
         # PyTorch's own is one in every test: OMP_NUM_THREADS says so.
         path = row.messages[0]["content"][0]["video"]
         return FailedRow(row, f"{torch.get_num_threads()} {video_reading._num_decoders(path)}")
+
+
+def test_a_process_whose_answer_nobody_reads_ends_quietly(processor, clips):
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_work, args=(theirs, Odd(processor)))
+    process.start()
+    theirs.close()
+    ours.send(clips[0])
+    assert ours.poll(60)
+    # It waits for the next row by then, or soon.
+    ours.close()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def test_threads_do_not_multiply_by_processes(processor, clips):

@@ -186,7 +186,8 @@ def _work(connection: Connection, reader: RowReader) -> None:
     while True:
         try:
             row = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
+            # Reset where the other end had not read all, as after Ctrl-C.
             return
         try:
             item: ReadRow | FailedRow | _Fault = reader.read(row)
