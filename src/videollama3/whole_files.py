@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
@@ -28,13 +30,32 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Waits until nobody else is inside with the same file, which is made; on Windows it does not wait."""
+    """Waits until nobody else is inside with the same file, which is made; without locks it does not wait."""
     with open(path, "ab") as file:
-        try:
-            import fcntl
-        except ImportError:
-            pass
-        else:
-            # Until the file is closed, or the process ends.
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, wait=True)
         yield
+
+
+def lock(file: IO[bytes], *, wait: bool) -> bool:
+    """Locks an open file until it is closed, or the process ends.
+
+    Args:
+        file: whose lock it is.
+        wait: until another process gives it up.
+
+    Returns:
+        False where another process has it; True otherwise, also on Windows and on disks that know no such locks
+        (Lustre and NFS as some mount them), where two at once are the user's own care.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+    return True

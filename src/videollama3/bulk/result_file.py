@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from ..whole_files import lock
 from .input_rows import InputRows
 
 _PENDING, _ANSWERED, _FAILED = 0, 1, 2
@@ -61,7 +62,10 @@ class ResultFile:
                     f"{self.record_path!r} beside it: pass --overwrite, or another -o."
                 )
             record = stack.enter_context(open(self.record_path, "a+b"))
-            _lock(record, path)
+            if not lock(record, wait=False):
+                raise RuntimeError(
+                    f"Expected {path!r} to be written by one run at a time, got another that is at work."
+                )
             self._prepare(record, overwrite, retry_failed)
             self._file = stack.enter_context(open(path, "ab"))
             self._stack = stack.pop_all()
@@ -171,21 +175,6 @@ class ResultFile:
 
 def _size(path: str) -> int:
     return os.path.getsize(path) if os.path.exists(path) else 0
-
-
-def _lock(file: BinaryIO, path: str) -> None:
-    """Until the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:
-        # No such locks on Windows: there two runs at once are the user's own care.
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RuntimeError(
-            f"Expected {path!r} to be written by one run at a time, got another that is at work."
-        ) from error
 
 
 def _cut_torn_line(path: str) -> None:
