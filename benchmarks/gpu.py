@@ -159,7 +159,7 @@ def has_flash(spec: dict[str, Any]) -> bool:
 def equality(spec: dict[str, Any]) -> dict[str, Any]:
     """Runs the tests that compare backends."""
     root = Path(__file__).resolve().parent.parent
-    # Those that run on the device; the other tests of tests/modeling are on the CPU wherever they run.
+    # Those that compare backends on the device; of the others only one of test_device_map.py leaves the CPU.
     files = [f"tests/modeling/{name}.py" for name in ("test_backends", "test_torch_varlen")]
     chosen = ["-k", "flex_attention"] if spec["section"] == "flex" else ["-m", "not slow"]
     if spec["section"] == "flex" and spec["toy"]:

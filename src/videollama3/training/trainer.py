@@ -404,7 +404,7 @@ class VideoLlama3Trainer(Trainer):
     def finish(self, checkpoint: str) -> None:
         """Takes up weights and state of a run that has made its last update; Trainer's own way would make one more.
 
-        It does so here where the model is divided among processes, whose shards are read in training only.
+        With `max_steps` that still happens where processes divide the model: shards are read in training only.
         """
         if self.is_sharded:
             if self.args.max_steps > 0:
@@ -414,11 +414,11 @@ class VideoLlama3Trainer(Trainer):
             self.train(resume_from_checkpoint=checkpoint)
             return
         self._load_from_checkpoint(checkpoint)
-        # Else TensorBoard would write what follows into the working directory.
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         # The file says it of the process that wrote it.
         state.is_world_process_zero = self.is_world_process_zero()
         state.is_local_process_zero = self.is_local_process_zero()
+        # Else TensorBoard would write what follows into the working directory.
         self.control = self.callback_handler.on_train_begin(self.args, state, self.control)
         self.control = self.callback_handler.on_train_end(self.args, state, self.control)
         self.state = state
