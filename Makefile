@@ -72,18 +72,20 @@ $(VLLM)/installed: pyproject.toml
 
 DEMONSTRATOR := runs/demonstrator
 # Two processes, as many as there are cores; each reads its samples in two more.
+# fp32 on cores that do not multiply bfloat16 (AVX-512 BF16, AMX): there bf16 is slower.
+PRECISION ?= bf16
 TRAIN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/torchrun --standalone --nproc-per-node 2 -m videollama3 train
 
 demonstrator: $(VENV)/installed  ## train the checkpoint inside the package from nothing; takes a little less than two hours
 	$(VENV)/bin/python -m demonstrator.make_data $(DEMONSTRATOR)/data
 	$(VENV)/bin/python -m demonstrator.build_model $(DEMONSTRATOR)/start
-	$(VENV)/bin/python -m demonstrator.pretrain_encoder $(DEMONSTRATOR)/data $(DEMONSTRATOR)/start $(DEMONSTRATOR)/encoder
-	$(TRAIN) demonstrator/stage1_captions.yaml
-	$(TRAIN) demonstrator/stage2_pictures.yaml
-	$(TRAIN) demonstrator/stage3_motions.yaml
-	$(TRAIN) demonstrator/stage3_events.yaml
-	$(TRAIN) demonstrator/stage3_clips.yaml
-	$(TRAIN) demonstrator/stage4_streams.yaml
+	$(VENV)/bin/python -m demonstrator.pretrain_encoder $(DEMONSTRATOR)/data $(DEMONSTRATOR)/start $(DEMONSTRATOR)/encoder --precision $(PRECISION)
+	$(TRAIN) demonstrator/stage1_captions.yaml schedule.precision=$(PRECISION)
+	$(TRAIN) demonstrator/stage2_pictures.yaml schedule.precision=$(PRECISION)
+	$(TRAIN) demonstrator/stage3_motions.yaml schedule.precision=$(PRECISION)
+	$(TRAIN) demonstrator/stage3_events.yaml schedule.precision=$(PRECISION)
+	$(TRAIN) demonstrator/stage3_clips.yaml schedule.precision=$(PRECISION)
+	$(TRAIN) demonstrator/stage4_streams.yaml schedule.precision=$(PRECISION)
 	$(VENV)/bin/python -m demonstrator.evaluate $(DEMONSTRATOR)/stage4 -o demonstrator/report.json
 	$(VENV)/bin/python -m demonstrator.evaluate_watching $(DEMONSTRATOR)/stage4 -o demonstrator/watching.json
 	$(VENV)/bin/python -m demonstrator.install $(DEMONSTRATOR)/stage4 demonstrator/report.json demonstrator/watching.json
